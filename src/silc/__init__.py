@@ -1,0 +1,28 @@
+"""silc: image-text contrastive pretraining with local-to-global self-distillation (SILC, arXiv 2310.13355).
+
+Gives: load, Silc, Predictor.  Names are resolved on first use, so that `import silc` and `silc --help` stay quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from silc.model.silc import Silc as Silc
+    from silc.predict import Predictor as Predictor
+    from silc.predict import load as load
+
+__version__ = "0.1.0"
+__all__ = ["Predictor", "Silc", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Silc":
+        from silc.model.silc import Silc
+
+        return Silc
+    if name in ("Predictor", "load"):
+        from silc import predict
+
+        return getattr(predict, name)
+    raise AttributeError(f"module 'silc' has no attribute {name!r}")

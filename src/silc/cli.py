@@ -1,0 +1,164 @@
+"""The one command. Each verb is a few lines; what it does lives in the rooms.
+
+Gives: main.
+Used by: the `silc` script, `python -m silc`, `torchrun -m silc`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Callable
+
+import tyro
+
+from silc.config import Config, load_json, nearest
+from silc.train.guard import Halt, Stopped
+
+OVERVIEW = """\
+usage: silc VERB [options]        `silc VERB --help` tells all of a verb
+
+{verbs}
+
+A first run, on any machine, in ten minutes:   silc quickstart
+On your own pairs:                             silc train silc --data.sources pairs.csv --out runs/mine
+On eight GPUs:                                 torchrun --nproc-per-node 8 -m silc train silc ...
+"""
+
+
+def train(args: list[str]) -> None:
+    """Pretrain by a recipe, or by a config.json; going on where the run folder left off."""
+    from silc import recipes
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: silc train RECIPE|config.json [--out FOLDER] [--data.sources ...] [--SECTION.KEY VALUE ...]\n")
+        print("recipes:\n" + _table(recipes.names()))
+        print("\n`silc train RECIPE --help` lists every setting with its value in that recipe.")
+        return
+    name, rest = args[0], args[1:]
+    base = load_json(Path(name), Config) if name.endswith(".json") else recipes.get(name)
+    config = tyro.cli(Config, default=base, args=rest, prog=f"silc train {name}", description=_about(name))
+    from silc.train.loop import train as run
+
+    folder = run(config)
+    print(f"done: {folder}  (model in {folder / 'export'}, numbers in {folder / 'metrics.jsonl'})")
+
+
+def _about(name: str) -> str:
+    from silc import recipes
+
+    return recipes.names().get(name.replace("_", "-"), "A run by its saved config.")
+
+
+def quickstart(args: list[str]) -> None:
+    """Build a small real corpus, train SILC on it on any CPU, evaluate, and write a report with pictures."""
+    from silc.quickstart import quickstart as run
+
+    tyro.cli(run, args=args, prog="silc quickstart")
+
+
+def evaluate(args: list[str]) -> None:
+    """Score a model on labelled sets: zero-shot classification, retrieval, segmentation."""
+
+    def run(
+        model: tyro.conf.Positional[str],
+        sets: dict[str, str],
+        out: Path | None = None,
+    ) -> None:
+        """Score a model on labelled sets and print a table.
+
+        Args:
+            model: A run folder or an export.
+            sets: Pairs of task and folder: `--sets zeroshot pets/ retrieval coco/`; label a task as `zeroshot/pets`.
+            out: Folder for results.json, the table and pictures.
+        """
+        from silc.eval.run import evaluate as score
+        from silc.eval.run import table, write_results
+        from silc.predict import load
+
+        results = score(load(model), sets, out / "pictures" if out else None)
+        print(table(results))
+        if out:
+            write_results(results, out, model)
+
+    tyro.cli(run, args=args, prog="silc eval")
+
+
+def heatmap(args: list[str]) -> None:
+    """Show where a picture matches each text."""
+
+    def run(
+        model: tyro.conf.Positional[str],
+        image: tyro.conf.Positional[Path],
+        text: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])],
+        out: Path = Path("heatmap.png"),
+    ) -> None:
+        """Draw the patch-text map of a picture for each text, side by side.
+
+        Args:
+            model: A run folder or an export.
+            image: A picture.
+            text: What to look for: `-t "a red apple" "a dog"`.
+            out: The PNG to write.
+        """
+        from silc.predict import Predictor, draw_heatmaps, load
+
+        predictor = Predictor(load(model))
+        draw_heatmaps(image, list(text), predictor.heatmap(image, list(text))).save(out)
+        print(f"wrote {out}")
+
+    tyro.cli(run, args=args, prog="silc heatmap")
+
+
+def list_recipes(args: list[str]) -> None:
+    """List the recipes."""
+    from silc import recipes
+
+    print(_table(recipes.names()))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "eval": evaluate,
+    "heatmap": heatmap,
+    "recipes": list_recipes,
+}
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb. User errors end with one sentence on stderr and status 2, a guard's stop with 1, never a traceback."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(OVERVIEW.format(verbs=_table({n: (f.__doc__ or "").split("\n")[0] for n, f in VERBS.items()})))
+        return
+    if args[0] == "--version":
+        from silc import __version__
+
+        print(f"silc {__version__}")
+        return
+    if args[0] not in VERBS:
+        _fail(f"no verb {args[0]!r}." + nearest(args[0], VERBS), 2)
+    try:
+        VERBS[args[0]](args[1:])
+    except ValueError as error:
+        _fail(str(error), 2)
+    except Halt as error:
+        _fail(str(error), 1)
+    except Stopped as error:
+        _fail(str(error), 75)
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+
+
+def _fail(message: str, status: int) -> Any:
+    print(f"silc: {message}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,319 @@
+"""Every setting of silc as frozen, typed data.
+
+Gives: `Config` and its parts, `to_dict` / `from_dict` (strict: an unknown key names its nearest match), `nearest`.
+Used by: everyone. Defaults live here and nowhere else; `recipes.py` derives named configs from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Literal, TypeVar, Union
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """A ViT. The five switches `pool`, `pre_norm`, `act`, `cls_token`, `proj` tell the released families apart."""
+
+    image_size: int = 256
+    """Side of the square whose patch grid the position table has, in pixels; other sizes resize the table."""
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    """Hidden width of the MLPs (also of the MAP head's)."""
+    pool: Literal["map", "cls", "mean"] = "map"
+    act: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    pre_norm: bool = False
+    """A norm before the first block (CLIP)."""
+    patch_bias: bool = True
+    proj: Literal["none", "linear", "affine"] = "none"
+    """Map from width to the shared space: nothing (SigLIP), a matrix (CLIP), a matrix with bias."""
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    vocab: int = 32000
+    length: int = 64
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    act: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    causal: bool = False
+    pool: Literal["last", "eos", "mean"] = "last"
+    """Read the last position (SigLIP), the first end token (CLIP), or the mean over all but padding."""
+    eos_id: int = 1
+    pad_id: int = 1
+    proj: Literal["linear", "affine"] = "affine"
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From a picture to pixels; stored with every checkpoint so that nobody retypes it."""
+
+    size: int = 256
+    """Side of the square input in pixels."""
+    resize: Literal["squash", "crop"] = "squash"
+    """`squash`: both sides to `size` (SigLIP); `crop`: short side to `size`, then the centre square (CLIP)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    embed_dim: int = 768
+    scale_init: float = 10.0
+    """Initial inverse temperature exp(logit_scale): 10 for the sigmoid loss, 1/0.07 for softmax."""
+    bias_init: float | None = -10.0
+    """Initial logit bias of the sigmoid loss; None for softmax, which has no bias."""
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named term of the loss."""
+
+    weight: float = 0.0
+    """0 switches the term off altogether."""
+    start: float = 0.0
+    """Share of the run after which the term begins: 0.8 is `the last 20%`."""
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    """The projection head and its prototypes (DINO form)."""
+
+    count: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Form of the image-text contrastive loss."""
+    contrast: Term = Term(1.0)
+    contrast_views: Literal["global", "original", "both"] = "global"
+    """Which views the text is aligned with. The paper says every global view; SigLIP 2 says the original image."""
+    max_scale: float = 100.0
+    """Clamp of the inverse temperature."""
+    distill: Term = Term(0.0)
+    """Local-to-global self-distillation, SILC section 3 / DINO."""
+    global_to_global: bool = False
+    """Also distil every teacher view into the *other* global student views."""
+    masked: Term = Term(0.0)
+    """Masked patch prediction against the teacher's patch prototypes."""
+    masked_form: Literal["masked", "all"] = "masked"
+    """`masked`: only hidden patches count (iBOT); `all`: visible ones too (TIPSv2)."""
+    mask_ratio: float = 0.5
+    prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
+    teacher: Literal["full", "head"] = "full"
+    """`full`: EMA copy of tower and head; `head`: EMA of the head only on the student's own features (TIPSv2)."""
+    momentum: float = 0.966
+    """EMA momentum at a batch of `momentum_batch`; fixed over the run, scaled to the batch as m^(batch/momentum_batch)."""
+    momentum_batch: int = 16384
+    teacher_temp: float = 0.04
+    student_temp: float = 0.1
+    centre_momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    globals: int = 1
+    global_size: int = 256
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    """Area of the crop as a share of the picture."""
+    locals: int = 0
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    flip: bool = True
+    photometric: Literal["none", "dino"] = "none"
+    """`dino`: colour jitter, grey, blur and solarise with the published probabilities."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[str, ...] = ()
+    """Where the pairs are: a folder, a .csv/.jsonl/.parquet file, or tar shards (`name-{0000..0099}.tar`); local or any fsspec URL."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in the mixture; empty: in proportion to their sizes."""
+    image_key: str = "image"
+    text_key: str = "caption"
+    """Column, or for a shard's `.json` member the key, of the caption; a list of captions is sampled from."""
+    tokenizer: str = "train"
+    """`train` one on the captions, `bytes`, or a tokenizer.json / SentencePiece .model / folder."""
+    workers: int = 2
+    max_pixels: int = 100_000_000
+    max_bad_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    schedule: Literal["cosine", "rsqrt", "constant"] = "cosine"
+    warmup: float = 0.05
+    """Share of the run that warms up."""
+    cooldown: float = 0.2
+    """Share of the run in which `rsqrt` and `constant` fall linearly to zero."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch: int = 4096
+    """Pairs per optimiser step over all processes."""
+    samples: int = 1_000_000
+    """Pairs seen in the whole run; steps = samples // batch."""
+    accumulate: int = 1
+    """Micro-batches per step; the contrastive gradient stays that of the whole batch."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 compute on a GPU, fp32 on a CPU. Weights, teacher, losses and norms stay fp32."""
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    compile: bool = False
+    checkpoint_blocks: bool = False
+    """Recompute each block in the backward pass instead of storing it."""
+    shard: int = 1
+    """Processes that share one copy of weights and optimiser state (FSDP2); 1 replicates (DDP)."""
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 10
+    max_nonfinite: int = 3
+    """Skipped steps (NaN or infinite gradient) after which the run stops."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations; 0: only at the start and the end."""
+    sets: dict[str, str] = field(default_factory=dict)
+    """Name -> folder; the name is a task, or a task and a label: `zeroshot/pets`."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "custom"
+    out: str = "runs/silc"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.train.samples // self.train.batch)
+
+    @property
+    def ema_momentum(self) -> float:
+        """EMA momentum at this run's batch: m^(batch / momentum_batch), so that the teacher's memory in samples stays."""
+        return float(self.objective.momentum ** (self.train.batch / self.objective.momentum_batch))
+
+
+# ---------------------------------------------------------------- in and out
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """` Perhaps you meant 'x'.` for a near miss, else the list of what there is; to end an error message."""
+    options = sorted(options)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f" Perhaps you meant {close[0]!r}." if close else f" There are: {', '.join(options)}."
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build the dataclass `cls` from plain data, strictly.
+
+    Raises ValueError for an unknown key (naming its place and nearest match) and for a value of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"config: {where or 'the file'} must hold settings by name, not {type(data).__name__}.")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"config: unknown key {where + key!r}." + nearest(key, hints))
+    return cls(**{k: _coerce(hints[k], v, f"{where}{k}.") for k, v in data.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    name = where.rstrip(".")
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"config: {name} = {value!r}." + nearest(str(value), map(str, args)))
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_coerce(k, v, where) for k, v in zip(kinds, value))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _coerce(args[1], v, f"{where}{k}.") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"config: {name} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+
+
+def save_json(path: Path, config: Any) -> None:
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_json(path: Path, cls: type[T]) -> T:
+    """Read a config written by `save_json`. ValueError names the file when it is not JSON or has a stray key."""
+    try:
+        return from_dict(cls, json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""Data: pictures, views, captions and tokens, from bytes to batches."""

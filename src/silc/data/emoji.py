@@ -1,0 +1,279 @@
+"""The embedded corpus of the quickstart: emoji of two drawing styles, composed into captioned scenes and evaluation sets.
+Gives: `build` -> `Corpus` (training shards, five evaluation sets), `training_scene` and `segment_classes`.
+Used by: quickstart. Art comes from pip packages and is rendered on the user's machine; nothing is downloaded or shipped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+import unicodedata
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from silc.data.drawings import FORMAT, Concept, Say, Sprites, find_concepts, load_drawings, render, spread, trim, versions
+from silc.data.scenes import HELD_OUT, Cutout, Pick, Pixels, Scene, compose, cutout, draw_scene, draw_white, phrase
+
+LICENCES = {
+    "twemoji": "Twemoji graphics, CC-BY-4.0",
+    "openmoji": "OpenMoji, the open-source emoji and icon project, CC-BY-SA-4.0; pictures that contain its drawings stay under it",
+}
+TEMPLATES = ("{}", "a picture of {}", "{} on a white background")
+"""As the training captions say it; class names carry their article (`an apple`)."""
+SHARD = 1000
+VOID = 255
+"""Mask value of the backgrounds, which have no class."""
+SEGMENT_SCENES, SEGMENT_CLASSES = 200, 20
+MIN_COVERAGE = 0.35
+"""Share of its box that a class of the segmentation set must fill: thin drawings make masks of edges."""
+ABSTRACT = re.compile(
+    r"face|flag|button|symbol|sign|arrow|square|circle|heart|moon|hand|finger|cat|monkey|keycap|clock|thirty|diamond|suit"
+    r"|\b(man|men|woman|women|person|people|boy|girl|child|baby|couple|mark|star|worker|fist|thumbs?|elf|fairy|mage|poo)\b"
+)
+"""Not used as segmentation classes: people, faces, symbols and other drawings that look much alike."""
+
+Choice = tuple[Concept, tuple[str, ...]]
+"""A concept and the styles it may be drawn in."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `build` made. `evals` is named as evaluation sets are: `task/label`."""
+
+    folder: Path
+    shards: str
+    evals: dict[str, Path]
+    counts: dict[str, int]
+    seconds: dict[str, float]
+    reused: bool
+
+
+def build(
+    cache: Path,
+    seed: int = 0,
+    scenes: int = 24000,
+    size: int = 96,
+    say: Say = print,
+    limit: int | None = None,
+    processes: int = 2,
+) -> Corpus:
+    """Build, or find complete in `cache`, the training shards and evaluation sets.
+
+    `scenes` pictures of `size` pixels, each with three or four captions under the key `captions`; scene i depends on
+    (seed, i) alone. `limit` keeps that many concepts (for tests). A half-written or damaged cache is built again.
+    Raises ValueError when the packages of the extra `quickstart` are missing.
+    """
+    wanted = {"format": FORMAT, "seed": seed, "scenes": scenes, "size": size, "limit": limit, "packages": versions()}
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
+    folder = Path(cache) / f"emoji-{size}px-{key}"
+    record = _complete(folder, wanted)
+    if record:
+        say(f"Reusing {folder}")
+        return _corpus(folder, record, reused=True)
+    building = Path(cache) / f".{folder.name}-{os.getpid()}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        record = _fill(building, Path(cache), wanted, say, processes)
+        # A broken folder of the same name makes way; a complete one that another process put there meanwhile stays.
+        if not _complete(folder, wanted):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return _corpus(folder, record, reused=False)
+
+
+def _fill(out: Path, cache: Path, wanted: dict[str, Any], say: Say, processes: int) -> dict[str, Any]:
+    """Write everything into `out`, `corpus.json` last, and return its content."""
+    seed, count, size = wanted["seed"], wanted["scenes"], wanted["size"]
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    archive, concepts = load_drawings(cache, size, wanted["limit"], say, processes)
+    seconds["drawings"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    (out / "train").mkdir()
+    ranges = [(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+    choices = training_choices(concepts)
+    write = partial(_write_shard, out / "train", archive, choices, seed, size)
+    for done, stop in enumerate(spread(write, ranges, processes), 1):
+        if done % 4 == 0 or done == len(ranges):
+            say(f"Composed {stop} of {count} training scenes ({stop / (time.perf_counter() - start):.0f}/s)")
+    seconds["scenes"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    counts = _write_evals(out, Sprites(archive), concepts, wanted)
+    seconds["evaluation sets"] = time.perf_counter() - start
+    say(f"Wrote evaluation sets: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    splits = {s: sorted(c.name for c in concepts if c.split == s) for s in ("train", "xstyle", "heldout")}
+    record = {
+        "parameters": wanted,
+        "licences": LICENCES,
+        "counts": {"scenes": count, "shards": len(ranges), **{s: len(names) for s, names in splits.items()}, **counts},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "splits": splits,
+        "files": {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()},
+    }
+    (out / "corpus.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _complete(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of `corpus.json` if it belongs to `wanted` and every file it lists is there in full."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "corpus.json").read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
+        return record if whole and record["parameters"] == wanted else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _corpus(folder: Path, record: dict[str, Any], reused: bool) -> Corpus:
+    shards = folder / "train" / f"scenes-{{00000..{record['counts']['shards'] - 1:05d}}}.tar"
+    evals = {name.replace("-", "/", 1): folder / name for name in record["counts"] if "-" in name}
+    return Corpus(folder, str(shards), evals, record["counts"], record["seconds"], reused)
+
+
+# ---------------------------------------------------------------- training scenes
+
+
+def training_choices(concepts: list[Concept]) -> list[Choice]:
+    """What training may draw: the split is made here, before anything is composed."""
+    styles: dict[str, tuple[str, ...]] = {"train": ("twemoji", "openmoji"), "xstyle": ("twemoji",)}
+    return [(concept, styles[concept.split]) for concept in concepts if concept.split in styles]
+
+
+def picker(choices: list[Choice]) -> Pick:
+    """Chooses objects of different bases: the concept first, then its style, so that every concept is as likely."""
+
+    def pick(rng: np.random.Generator, count: int) -> list[Cutout]:
+        chosen: dict[str, Cutout] = {}
+        while len(chosen) < count:
+            concept, styles = choices[int(rng.integers(len(choices)))]
+            chosen.setdefault(concept.base, (concept.name, styles[int(rng.integers(len(styles)))]))
+        return list(chosen.values())
+
+    return pick
+
+
+def training_scene(seed: int, index: int, size: int, choices: list[Choice], sprites: Sprites) -> Scene:
+    return draw_scene(np.random.default_rng([seed, index]), size, picker(choices), sprites)
+
+
+def _write_shard(folder: Path, archive: Path, choices: list[Choice], seed: int, size: int, span: tuple[int, int]) -> int:
+    """Write scenes `span` as one tar of `KEY.jpg` and `KEY.json`; return where the span stops."""
+    sprites = Sprites(archive)
+    with tarfile.open(folder / f"scenes-{span[0] // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
+        for index in range(*span):
+            scene = training_scene(seed, index, size, choices, sprites)
+            text = json.dumps({"captions": scene.captions, "objects": scene.objects}, ensure_ascii=False).encode()
+            for suffix, data in (("jpg", _encode(scene.image, "JPEG", quality=90, subsampling=0)), ("json", text)):
+                member = tarfile.TarInfo(f"{index:07d}.{suffix}")
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    return span[1]
+
+
+def _encode(pixels: Pixels, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- evaluation sets
+
+
+def _write_evals(out: Path, sprites: Sprites, concepts: list[Concept], wanted: dict[str, Any]) -> dict[str, int]:
+    """Write the five sets and return how many pictures each has."""
+    heldout = [c.name for c in concepts if c.split == "heldout"]
+    xstyle = [c.name for c in concepts if c.split == "xstyle"]
+    rng = np.random.default_rng([wanted["seed"], 1, FORMAT])
+
+    def pictures(names: list[str], *styles: str) -> list[tuple[str, str, bytes]]:
+        return [(n, s, _encode(_single(rng, sprites((n, s)), wanted["size"]), "PNG")) for n in names for s in styles]
+
+    sets = {
+        "retrieval-concepts": pictures(heldout, "twemoji"),
+        "zeroshot-concepts": pictures(heldout, "twemoji", "openmoji"),
+        "retrieval-style": pictures(xstyle, "openmoji"),
+        "zeroshot-style": pictures(xstyle, "openmoji"),
+    }
+    for name, rows in sets.items():
+        (_write_captioned if name.startswith("retrieval") else _write_classes)(out / name, rows)
+    classes = segment_classes(concepts, sprites)
+    scenes = _write_masked(out / "segment-scenes", classes, wanted)
+    return {**{name: len(rows) for name, rows in sets.items()}, "segment-scenes": scenes}
+
+
+def _single(rng: np.random.Generator, sprite: Image.Image, size: int) -> Pixels:
+    """One drawing on white, as large as in the training scenes of one big object."""
+    rgba = cutout(sprite, round(size * rng.uniform(0.8, 0.9)))
+    return compose(draw_white(size)[0], [(rgba, (size - rgba.shape[0]) // 2, (size - rgba.shape[1]) // 2)])[0]
+
+
+def _slug(name: str) -> str:
+    """A file name for any file system. Names differ in more than signs, except keycaps: spell those."""
+    spelt = name.replace("#", "hash").replace("*", "asterisk").replace("!", " mark")
+    return re.sub(r"[^0-9A-Za-z-]+", "_", unicodedata.normalize("NFKD", spelt).encode("ascii", "ignore").decode()).strip("_")
+
+
+def _write_captioned(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for name, style, png in rows:
+        path = f"images/{_slug(name)}_{style}.png"
+        (folder / path).write_bytes(png)
+        lines.append(json.dumps({"image": path, "caption": phrase(name)}, ensure_ascii=False) + "\n")
+    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_classes(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
+    for name, style, png in rows:
+        (folder / _slug(name)).mkdir(parents=True, exist_ok=True)
+        (folder / _slug(name) / f"{style}.png").write_bytes(png)
+    listing = "".join(f"{_slug(name)}\t{phrase(name)}\n" for name in dict.fromkeys(name for name, *_ in rows))
+    (folder / "classes.txt").write_text(listing, encoding="utf-8")
+    (folder / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES))
+
+
+def segment_classes(concepts: list[Concept], sprites: Sprites) -> list[Concept]:
+    """Cross-style concepts with short names that fill their box and, one by one, look least like those chosen before."""
+    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2 and not ABSTRACT.search(c.name)]
+    small = {c: cutout(sprites((c.name, "openmoji")).resize((16, 16)), 16) for c in options}
+    looks = {c: compose(draw_white(16)[0], [(rgba, 0, 0)])[0].astype(np.float32) for c, rgba in small.items()}
+    options = [c for c in options if small[c][..., 3].mean() / 255 >= MIN_COVERAGE]
+    chosen = options[:1]
+    while len(chosen) < min(SEGMENT_CLASSES, len(options)):
+        nearest = {c: min(float(np.abs(looks[c] - looks[o]).mean()) for o in chosen) for c in options if c not in chosen}
+        chosen.append(max(nearest, key=lambda c: nearest[c]))
+    return sorted(chosen, key=lambda c: c.name)
+
+
+def _write_masked(folder: Path, classes: list[Concept], wanted: dict[str, Any]) -> int:
+    """Scenes at twice the training size, from drawings and background kinds that no training scene has."""
+    files = find_concepts(wanted["limit"])
+    size = 2 * wanted["size"]
+    large = {(c.name, "openmoji"): trim(render(files[c]["openmoji"], size)) for c in classes}
+    index = {c.name: i for i, c in enumerate(classes)}
+    pick = picker([(c, ("openmoji",)) for c in classes])
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for i in range(SEGMENT_SCENES):
+        scene = draw_scene(np.random.default_rng([wanted["seed"], i, FORMAT]), size, pick, large.__getitem__, HELD_OUT)
+        values = np.array([VOID] + [index[name] for name, _ in scene.objects], np.uint8)
+        (folder / "images" / f"{i:04d}.png").write_bytes(_encode(scene.image, "PNG"))
+        (folder / "masks" / f"{i:04d}.png").write_bytes(_encode(values[scene.mask], "PNG"))
+    description = {"classes": [[phrase(c.name)] for c in classes], "background": False, "void": VOID, "palette": None}
+    (folder / "classes.json").write_text(json.dumps(description, indent=1) + "\n")
+    return SEGMENT_SCENES

@@ -1,0 +1,114 @@
+"""Silc: an image tower and a text tower in one space, with a temperature.
+
+Gives: Silc (encode_image, encode_text, encode_dense, patch_text_map, save, open).
+Used by: everyone who holds a model; training reaches the towers through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from silc.config import ModelConfig, from_dict, to_dict
+from silc.model.towers import ImageTower, Readout, TextTower
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+class Silc(nn.Module):
+    """Two towers in one space. Shapes: B batch, T texts, D = config.embed_dim, h x w the patch grid.
+
+    `tokenizer` (texts -> ids) is attached by whoever loads the model; without one, `encode_text` takes ids only.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config.image, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim)
+        # shape [1], not 0-D: sharded training refuses scalars
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.scale_init)))
+        bias = None if config.bias_init is None else nn.Parameter(torch.full((1,), config.bias_init))
+        self.register_parameter("logit_bias", bias)
+        self.tokenizer: Callable[[list[str]], Tensor] | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature exp(logit_scale), [1]."""
+        return self.logit_scale.exp()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.logit_bias is None else self.logit_bias + 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W], H and W any multiples of the patch -> [B, D], unit length."""
+        return F.normalize(self.image([pixels])[0].pooled.float(), dim=-1)
+
+    def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Texts, or their ids [B, length] -> [B, D], unit length. Case, end token and padding are the tokenizer's."""
+        return F.normalize(self.text(self.token_ids(texts)).float(), dim=-1)
+
+    def token_ids(self, texts: Sequence[str] | Tensor) -> Tensor:
+        if isinstance(texts, Tensor):
+            return texts.to(self.device)
+        if isinstance(texts, str):
+            raise ValueError("encode_text takes a list of texts: pass [text] for a single one.")
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: load it with silc.load(...), or pass token ids.")
+        return self.tokenizer(list(texts)).to(self.device)
+
+    def encode_dense(self, pixels: Tensor, readout: Readout = "auto") -> Tensor:
+        """[B, 3, H, W] -> [B, D, h, w]: every patch in the space of the text, unit length over D.
+
+        The read-out that fits the pooling is chosen by `auto`; see ImageTower.dense.
+        """
+        return F.normalize(self.image.dense(pixels, readout).float(), dim=1)
+
+    def patch_text_map(self, pixels: Tensor, texts: Sequence[str] | Tensor, readout: Readout = "auto") -> Tensor:
+        """Cosine of every pixel with every text: [B, 3, H, W] and T texts -> [B, T, H, W], bilinear between patches."""
+        maps = torch.einsum("bdhw,td->bthw", self.encode_dense(pixels, readout), self.encode_text(texts))
+        return F.interpolate(maps, pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """Scaled (and, for sigmoid models, shifted) similarities [B, T] of unit-length embeddings."""
+        logits = image @ text.T * self.scale
+        return logits if self.bias is None else logits + self.bias
+
+    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        """Write config.json and model.safetensors, in which `open` finds everything it needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"library": "silc", "format": 1, "model": to_dict(self.config), **(extra or {})}
+        (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n")
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    @classmethod
+    def open(cls, folder: Path) -> Silc:
+        """Read a folder written by `save`; strict. ValueError says what is missing or does not fit."""
+        try:
+            described = json.loads((folder / CONFIG_NAME).read_text())
+            tensors = load_file(folder / WEIGHTS_NAME)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} is not a silc model: {Path(error.filename).name} is missing.") from None
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds a damaged model ({error}).") from None
+        if described.get("library") != "silc":
+            raise ValueError(f"{folder / CONFIG_NAME} was not written by silc.")
+        model = cls(from_dict(ModelConfig, described["model"]))
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights do not fit their config.json: {error}") from None
+        return model.eval()

@@ -1,0 +1,161 @@
+"""The two towers: a ViT over several resolutions at once, and a text transformer.
+
+Gives: ImageTower (pooled and patch tokens of every crop size in one call, dense read-outs), TextTower.
+Used by: silc.py, which puts them in one space; train/pretrain.py calls them through it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from silc.config import ImageTowerConfig, TextTowerConfig
+from silc.model.layers import Block, MapHead, Shapes, pack, resize_grid, unpack
+
+Readout = Literal["auto", "tokens", "value"]
+
+
+class Encoded(NamedTuple):
+    """One group of pictures: pooled [B, E] in the shared space (not normalised), tokens [B, N, D] after the last norm."""
+
+    pooled: Tensor
+    tokens: Tensor
+
+
+def projection(kind: Literal["none", "linear", "affine"], width: int, embed_dim: int) -> nn.Module:
+    if kind == "none":
+        if width != embed_dim:
+            raise ValueError(f"a tower of width {width} without projection cannot reach embed_dim {embed_dim}.")
+        return nn.Identity()
+    return nn.Linear(width, embed_dim, bias=kind == "affine")
+
+
+def initialise(tower: nn.Module) -> None:
+    """Glorot for matrices, zero for biases, one and zero for norms; tables are set by the towers themselves."""
+    for module in tower.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class ImageTower(nn.Module):
+    def __init__(self, config: ImageTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        c = self.config = config
+        if c.image_size % c.patch:
+            raise ValueError(f"image_size {c.image_size} is not a multiple of the patch {c.patch}.")
+        if c.width % c.heads:
+            raise ValueError(f"width {c.width} is not a multiple of heads {c.heads}.")
+        self.patch = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
+        self.position = nn.Parameter(torch.empty(c.grid, c.grid, c.width))
+        if c.pool == "cls":
+            self.cls, self.cls_position = (nn.Parameter(torch.empty(1, c.width)) for _ in range(2))
+        self.pre_norm = nn.LayerNorm(c.width, eps=c.norm_eps) if c.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp, c.act, c.norm_eps) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
+        if c.pool == "map":
+            self.head = MapHead(c.width, c.heads, c.mlp, c.act, c.norm_eps)
+        self.proj = projection(c.proj, c.width, embed_dim)
+        self.recompute = False
+        initialise(self)
+        for name, table in self.named_parameters():
+            if name in ("position", "cls", "cls_position", "head.probe"):
+                nn.init.normal_(table, std=c.width**-0.5)
+
+    def embed(self, pixels: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, N(+1), D]; where mask [B, N] is True the patch is replaced by mask_token [D]."""
+        p = self.config.patch
+        if pixels.shape[-2] % p or pixels.shape[-1] % p:
+            raise ValueError(
+                f"a picture of {pixels.shape[-2]} x {pixels.shape[-1]} px does not fit patches of {p} px: "
+                "resize both sides to multiples of the patch."
+            )
+        grid = self.patch(pixels)
+        x = grid.flatten(2).transpose(1, 2)
+        if mask is not None and mask_token is not None:
+            x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
+        x = x + resize_grid(self.position, *grid.shape[-2:]).flatten(0, 1)
+        if self.config.pool == "cls":
+            x = torch.cat([(self.cls + self.cls_position).expand(len(x), 1, -1), x], dim=1)
+        return self.pre_norm(x)
+
+    def transform(self, x: Tensor, shapes: Shapes, blocks: list[nn.Module]) -> Tensor:
+        for block in blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, shapes, use_reentrant=False)
+            else:
+                x = block(x, shapes)
+        return x
+
+    def forward(
+        self, groups: list[Tensor], masks: list[Tensor | None] | None = None, mask_token: Tensor | None = None
+    ) -> list[Encoded]:
+        """groups: [B_i, 3, H_i, W_i] each, of any sizes; masks: [B_i, N_i] or None for each. One pass over all tokens."""
+        x, shapes = pack([self.embed(g, m, mask_token) for g, m in zip(groups, masks or [None] * len(groups))])
+        x = self.norm(self.transform(x, shapes, list(self.blocks)))
+        tokens = unpack(x, shapes)
+        if self.config.pool == "map":
+            pooled = self.head(x, shapes)
+        elif self.config.pool == "cls":
+            pooled, tokens = [t[:, 0] for t in tokens], [t[:, 1:] for t in tokens]
+        else:
+            pooled = [t.mean(1) for t in tokens]
+        projected = self.proj(torch.cat(pooled)).split([len(p) for p in pooled])
+        return [Encoded(p, t) for p, t in zip(projected, tokens)]
+
+    def dense(self, pixels: Tensor, readout: Readout = "auto") -> Tensor:
+        """[B, 3, H, W] -> [B, E, h, w]: each patch in the space of the text, not normalised.
+
+        `tokens`: the last block's output, each patch through what pooling does after attention (MAP head: value, output
+        projection and MLP; that is the head with attention one-hot on the patch). `value`: the last block, too, with
+        each patch attending to itself alone (MaskCLIP, TIPS). `auto`: `value` for CLS pooling, whose patch tokens are
+        not trained to be read directly, else `tokens`.
+        """
+        value = readout == "value" or (readout == "auto" and self.config.pool == "cls")
+        x, shapes = pack([self.embed(pixels)])
+        blocks = list(self.blocks)
+        x = self.transform(x, shapes, blocks[:-1] if value else blocks)
+        x = self.norm(self.blocks[-1].value_path(x) if value else x)  # type: ignore[operator]
+        x = unpack(x, shapes)[0]
+        x = x[:, 1:] if self.config.pool == "cls" else x
+        x = self.proj(self.head.per_patch(x) if self.config.pool == "map" else x)
+        h, w = pixels.shape[-2] // self.config.patch, pixels.shape[-1] // self.config.patch
+        return x.transpose(1, 2).unflatten(2, (h, w))
+
+
+class TextTower(nn.Module):
+    def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        c = self.config = config
+        self.token = nn.Embedding(c.vocab, c.width)
+        self.position = nn.Parameter(torch.empty(c.length, c.width))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp, c.act, c.norm_eps, c.causal) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
+        self.proj = projection(c.proj, c.width, embed_dim)
+        self.recompute = False
+        initialise(self)
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, length] -> [B, E] in the shared space (not normalised). Every position is attended, padding too
+        (that is how SigLIP was trained; a causal tower never looks behind its end token)."""
+        x, shapes = pack([self.token(tokens) + self.position[: tokens.shape[1]]])
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, shapes, use_reentrant=False)
+            else:
+                x = block(x, shapes)
+        return self.proj(self.pool(unpack(self.norm(x), shapes)[0], tokens))
+
+    def pool(self, x: Tensor, tokens: Tensor) -> Tensor:
+        if self.config.pool == "last":
+            return x[:, -1]
+        if self.config.pool == "eos":  # the first end token; argmax of 0/1 finds the first
+            return x[torch.arange(len(x), device=x.device), (tokens == self.config.eos_id).int().argmax(1)]
+        real = (tokens != self.config.pad_id).to(x.dtype)[..., None]
+        return (x * real).sum(1) / real.sum(1).clamp(min=1)

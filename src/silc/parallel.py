@@ -1,0 +1,103 @@
+"""Processes: who am I, gather with gradient, mean, and how a module is recomputed, compiled and sharded.
+
+Gives: World, start, gather, mean, distribute, whole.
+Used by: train/*; the only file that knows how many processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    """replicate x shard; None in a single process, which runs plain modules."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--train.device cuda: PyTorch sees no GPU here. Use --train.device auto or cpu.")
+    return torch.device(name)
+
+
+def start(device: str = "auto", shard: int = 1) -> World:
+    """Join the processes that torchrun started (one, where it did not). `shard` of them share one copy of the weights."""
+    place, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        if shard != 1:
+            raise ValueError(f"--train.shard {shard} needs that many processes: start with torchrun, or use 1.")
+        return World(0, 1, place)
+    if size % shard:
+        raise ValueError(f"--train.shard {shard} does not divide the {size} processes.")
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    mesh = init_device_mesh(place.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return World(dist.get_rank(), size, place, mesh)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(x: Tensor, world: World) -> Tensor:
+    """[B, ...] of every process, in rank order -> [size * B, ...]; gradients flow back to their owners."""
+    if world.size == 1:
+        return x
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+    return all_gather_tensor_autograd(x.contiguous(), 0, dist.group.WORLD)  # type: ignore[arg-type]
+
+
+def mean(x: Tensor, world: World) -> Tensor:
+    """Mean over processes, without gradient."""
+    if world.size == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / world.size
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, compile_blocks: bool = False) -> None:
+    """Compile each block, then shard blocks and root, in place (that order; recomputation wraps inside the towers)."""
+    blocks = list(blocks)
+    if compile_blocks:
+        for block in blocks:
+            block.compile(dynamic=False)
+    if world.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    # the root reshards too: a forward-only module (the teacher) would otherwise keep stale whole weights
+    for part in [*blocks, module]:
+        fully_shard(part, mesh=world.mesh, reshard_after_forward=True)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor behind a sharded one (every process must call); a plain tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,0 +1,257 @@
+"""A picture and words in; labels, similarity maps and label maps out.
+
+Gives: load, Predictor (classify, heatmap, segment), as_image, overlay_heatmap, overlay_labels.
+Used by: the command line, app/demo, anyone in Python.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from silc.config import DataConfig
+from silc.data.images import BadSample, decode, normalise, preprocess
+from silc.data.tokenizer import load_tokenizer
+from silc.eval.embed import evaluating
+from silc.eval.prompts import TEMPLATES, check_templates, class_embeddings
+from silc.eval.protocols import Dense, Protocol, cosine_maps, encode, fit, foreground, label_map, protocol
+from silc.model.silc import CONFIG_NAME, Silc
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+"""A file, a Pillow picture, or uint8: [H, W, 3] or [H, W] as an array, [3, H, W] as a tensor."""
+
+
+class Score(TypedDict):
+    cosine: float
+    probability: float
+
+
+def load(target: str | Path) -> Silc:
+    """Open a model with its tokenizer: the folder of a run (its `export` is used) or a folder that `Silc.save` wrote.
+
+    The model is on the CPU, in eval mode. Raises ValueError that says what the folder lacks.
+    """
+    target = Path(target)
+    if not target.is_dir():
+        raise ValueError(f"{target} is not a folder: give the folder of a run or of an exported model.")
+    folder = target / "export" if (target / "export").is_dir() else target
+    if folder == target and (target / "metrics.jsonl").exists():
+        raise ValueError(f"the run {target} has no `export` folder yet: let it reach its first save.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG_NAME} in it.")
+    model = Silc.open(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab > model.config.text.vocab:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab} tokens, but the model only {model.config.text.vocab}; "
+            "they do not belong together."
+        )
+    model.tokenizer = tokenizer
+    return model
+
+
+def as_image(picture: Picture) -> Tensor:
+    """Any `Picture` as uint8 [3, H, W], upright, alpha over white. ValueError if it is none."""
+    if isinstance(picture, str | Path):
+        try:
+            return _decode(Path(picture).read_bytes(), str(picture))
+        except OSError as error:
+            raise ValueError(f"{picture} cannot be read ({error.strerror}).") from None
+    if isinstance(picture, Image.Image):
+        upright, buffer = ImageOps.exif_transpose(picture), io.BytesIO()
+        keeps = upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+        # through PNG, which loses nothing, so that files and pictures in memory go the same way
+        (upright if keeps else upright.convert("RGB")).save(buffer, "PNG", compress_level=0)
+        return _decode(buffer.getvalue(), "the picture")
+    if isinstance(picture, np.ndarray):
+        array = np.repeat(picture[..., None], 3, 2) if picture.ndim == 2 else picture
+        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1) if array.ndim == 3 else torch.empty(0)
+    else:
+        pixels = picture
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        raise ValueError(
+            f"a picture must be uint8, [H, W, 3] as an array or [3, H, W] as a tensor, not {picture.dtype} "
+            f"{list(picture.shape)}."
+        )
+    return pixels.cpu()
+
+
+def _decode(data: bytes, name: str) -> Tensor:
+    try:
+        return decode(data, DataConfig().max_pixels)
+    except BadSample as error:
+        raise ValueError(f"{name} cannot be read as a picture ({error.cause}).") from None
+
+
+class Predictor:
+    """Answers about pictures from one model. Texts are free; the model stays on the device it is on."""
+
+    def __init__(self, model: Silc, batch: int = 32) -> None:
+        self.model, self.batch = model, batch
+
+    def classify(
+        self, images: Picture | Sequence[Picture], labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+    ) -> list[dict[str, Score]]:
+        """For each picture, each label's cosine and probability, the best first.
+
+        The probability is a softmax over the labels, or for a model with a logit bias (sigmoid loss) a sigmoid of each
+        label alone: such probabilities need not sum to 1, and may all be low. The picture is squashed or cropped as in
+        training. Raises ValueError for no or repeated labels, or a wrong template.
+        """
+        pictures = list(images) if isinstance(images, list | tuple) else [images]
+        cfg, names = self.model.config.preprocess, _texts(labels, "label")
+        classes = class_embeddings(self.model, [[name] for name in names], templates)
+        answers: list[dict[str, Score]] = []
+        for start in range(0, len(pictures), self.batch):
+            pixels = torch.stack([preprocess(as_image(p), cfg) for p in pictures[start : start + self.batch]])
+            with evaluating(self.model):
+                features = self.model.encode_image(normalise(pixels.to(self.model.device), cfg.mean, cfg.std)).float()
+                cosine = classes.scores(features)
+                logits, bias = cosine * self.model.scale, self.model.bias
+                probability = logits.softmax(1) if bias is None else (logits + bias).sigmoid()
+            for row, chances in zip(cosine.tolist(), probability.tolist()):
+                order = sorted(range(len(names)), key=lambda i: -row[i])
+                answers.append({names[i]: Score(cosine=row[i], probability=chances[i]) for i in order})
+        return answers
+
+    def heatmap(
+        self, image: Picture, texts: Sequence[str], templates: Sequence[str] = ("{}",), how: Protocol | str = "whole-image"
+    ) -> Tensor:
+        """Cosine of every pixel with every text: float32 [T, H, W] at the picture's own size, aspect kept.
+
+        `how`: a segmentation protocol, of which size, window and read-out count. ValueError for no or repeated texts.
+        """
+        names = _texts(texts, "text")
+        vectors = class_embeddings(self.model, [[name] for name in names], templates).vectors
+        pixels, how = as_image(image), _protocol(how)
+        with evaluating(self.model):
+            maps = cosine_maps(self._dense(pixels, how), vectors, pixels.shape[-2], pixels.shape[-1])
+        return maps.cpu().clone()
+
+    def segment(
+        self, image: Picture, labels: Sequence[str], templates: Sequence[str] | None = None,
+        how: Protocol | str = "whole-image", background: float | None = None,
+    ) -> Tensor:
+        """Index of the best label at every pixel: int64 [H, W] at the picture's own size, aspect kept.
+
+        With `background` (in 0..1), the first label stands for everything else: it is not compared by its name, it gets
+        the pixels whose best probability among the other labels is lower. ValueError for no or repeated labels, or a
+        background rule with fewer than three labels.
+        """
+        names, how = _texts(labels, "label"), _protocol(how)
+        how = dataclasses.replace(how, background=background)
+        named = foreground([[name] for name in names], background is not None, how)
+        chosen = check_templates(templates if templates is not None else how.templates or TEMPLATES)
+        classes = class_embeddings(self.model, named, chosen)
+        classes = dataclasses.replace(classes, owner=classes.owner + len(names) - len(named), classes=len(names))
+        pixels = as_image(image)
+        with evaluating(self.model):
+            scale = float(self.model.scale)
+            return label_map(
+                self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale
+            ).cpu().clone()
+
+    def _dense(self, pixels: Tensor, how: Protocol) -> Dense:
+        cfg = self.model.config.preprocess
+        resized = fit(pixels, how, self.model.config)[None].to(self.model.device)
+        return encode(self.model, normalise(resized, cfg.mean, cfg.std), how, self.batch)[0]
+
+
+def _texts(texts: Sequence[str], kind: str) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError(f"give a list of {kind}s, not one text: [{texts!r}].")
+    found = [text.strip() for text in texts]
+    if not found or not all(found):
+        raise ValueError(f"give at least one {kind}, and none that is empty.")
+    if len(set(found)) < len(found):
+        raise ValueError(f"a {kind} stands twice: {next(t for t in found if found.count(t) > 1)!r}.")
+    return found
+
+
+def _protocol(how: Protocol | str) -> Protocol:
+    return protocol(how) if isinstance(how, str) else how
+
+
+# ---------------------------------------------------------------- pictures of the answers
+
+HEAT = np.array([(12, 10, 40), (74, 22, 106), (148, 42, 98), (214, 74, 64), (246, 140, 40), (252, 214, 92), (255, 255, 220)])
+"""Dark to bright, evenly rising in lightness."""
+
+
+def overlay_heatmap(image: Picture, maps: Tensor, texts: Sequence[str], columns: int = 4) -> Image.Image:
+    """The picture, then one panel a text with its map [T, H, W] over it and the range of its cosines.
+
+    All panels share one colour scale: a text that is nowhere in the picture stays dark beside one that is.
+    """
+    pixels = as_image(image).permute(1, 2, 0).numpy()
+    values = maps.float().numpy()
+    low, high = float(values.min()), float(values.max())
+    stops = np.linspace(0, 1, len(HEAT))
+    panels = [("picture", pixels)]
+    for text, one in zip(texts, values):
+        level = (one - low) / max(high - low, 1e-12)
+        heat = np.stack([np.interp(level, stops, HEAT[:, c]) for c in range(3)], -1)
+        grey = pixels.mean(-1, keepdims=True)
+        panels.append((f"{one.min():.2f}…{one.max():.2f}  {text}", (0.3 * grey + 0.7 * heat).astype(np.uint8)))
+    return _grid(panels, columns)
+
+
+def overlay_labels(
+    image: Picture, label: Tensor, names: Sequence[str], palette: Sequence[Sequence[int]] | None = None
+) -> Image.Image:
+    """The picture beside its label map [H, W] in colours, with a legend of the labels that occur and their share."""
+    pixels, found = as_image(image).permute(1, 2, 0).numpy(), label.numpy()
+    colours = np.array(palette if palette is not None else [_colour(i) for i in range(len(names))])
+    painted = (0.35 * pixels + 0.65 * colours[found]).astype(np.uint8)
+    sheet = _grid([("picture", pixels), ("labels", painted)], 2)
+    share = np.bincount(found.ravel(), minlength=len(names)) / found.size
+    seen = [i for i in np.argsort(-share, kind="stable") if share[i] > 0]
+    font, line = _font(15), 24
+    wide = 60 + max(int(font.getlength(f"{names[i]}  100.0%")) for i in seen)
+    legend = Image.new("RGB", (sheet.width + wide, max(sheet.height, line * len(seen) + 40)), "white")
+    legend.paste(sheet)
+    draw = ImageDraw.Draw(legend)
+    for row, i in enumerate(seen):
+        top = 34 + row * line
+        draw.rectangle((sheet.width + 8, top, sheet.width + 24, top + 16), fill=tuple(int(v) for v in colours[i]))
+        draw.text((sheet.width + 32, top - 1), f"{names[i]}  {100 * share[i]:.1f}%", fill="black", font=font)
+    return legend
+
+
+def _grid(panels: Sequence[tuple[str, np.ndarray]], columns: int, side: int = 320) -> Image.Image:
+    """Titled panels in rows, each picture's long side `side` pixels."""
+    height, width = panels[0][1].shape[:2]
+    w, h = (max(1, round(v * side / max(height, width))) for v in (width, height))
+    gap, title, font = 10, 24, _font(15)
+    # a title needs room also over a narrow picture
+    cell = max(w, 160)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (h + title + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (text, pixels) in enumerate(panels):
+        left, top = gap + i % columns * (cell + gap), gap + i // columns * (h + title + gap)
+        while font.getlength(text) > cell and len(text) > 4:
+            text = text[: max(1, len(text) * 9 // 10 - 1)].rstrip("…") + "…"
+        draw.text((left, top), text, fill="black", font=font)
+        sheet.paste(Image.fromarray(pixels).resize((w, h), Image.Resampling.BICUBIC), (left, top + title))
+    return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    """Colours far apart for neighbouring indices: hues by the golden ratio, lightness in turns."""
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.55)[index % 2], (0.95, 0.75, 0.6)[index % 3])
+    return round(255 * red), round(255 * green), round(255 * blue)

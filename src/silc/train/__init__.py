@@ -1,0 +1,1 @@
+"""Training: the loop, the pretraining task, optimiser, checkpoints, guards and logs."""

@@ -1,0 +1,314 @@
+"""The loop: build or resume a run, step through it, and log, save and evaluate when due.
+
+Gives: train (config -> run folder).
+Used by: cli.py, quickstart.py. The loop knows nothing of crops, teachers or text; that is the task's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from silc import parallel
+from silc.config import Config, save_json, to_dict
+from silc.data.images import BadSample
+from silc.data.loader import BadCount, batches
+from silc.data.pairs import Mixture, open_source
+from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
+from silc.eval.run import evaluate
+from silc.model.silc import Silc
+from silc.parallel import World
+from silc.train import checkpoint
+from silc.train.guard import Guard, Stopped
+from silc.train.log import Log, environment
+from silc.train.optim import clip_and_step, learning_rate, make_optimizer, set_learning_rate
+from silc.train.pretrain import Pretrain
+
+FREE_TO_CHANGE = ("data.workers", "train.threads", "train.save_every", "train.keep", "train.log_every", "log", "eval")
+"""Settings under which a run may go on: they do not touch its arithmetic."""
+TOKENIZER_CAPTIONS = 200_000
+
+
+def train(config: Config) -> Path:
+    """Train to the end, going on where the run folder left off. Returns the folder.
+
+    Raises ValueError for settings or data that cannot work, Halt when a guard ends the run, Stopped on a signal.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    world = parallel.start(config.train.device, config.train.shard)
+    if config.train.batch % (world.size * config.train.accumulate):
+        raise ValueError(
+            f"--train.batch {config.train.batch} is not a multiple of {world.size} processes x "
+            f"{config.train.accumulate} micro-batches."
+        )
+    folder = Path(config.out)
+    check_folder(folder, config)
+    mixture = Mixture([open_source(s, config.data) for s in _sources(config)], config.data.weights, config.seed)
+    config, tokenizer = prepare(config, folder, mixture, world)
+    task, optimizer = build(config, world)
+    step, bad = 0, BadCount(config.data)
+    found = checkpoint.latest(folder / "checkpoints")
+    if found is not None:
+        tensors, facts = found
+        checkpoint.restore(task, optimizer, tensors)
+        step = facts["step"]
+        bad.load_state(facts["bad"])
+    log = Log(config, folder, world.leads, step)
+    log.say(describe(config, task, mixture, world, step))
+    run = Run(config, folder, world, task, optimizer, log, tokenizer, bad)
+    try:
+        run.steps(step, mixture)
+    finally:
+        log.close()
+    return folder
+
+
+def check_folder(folder: Path, config: Config) -> None:
+    """A new or empty folder, or one with this very run to resume. ValueError otherwise, naming what differs."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not empty and holds no silc run: choose another --out, or empty it.")
+    saved = _flat(json.loads((folder / "config.json").read_text()))
+    asked = _flat(to_dict(config))
+    derived = ("out", "model.text.vocab", "model.text.eos_id", "model.text.pad_id")
+    differ = [
+        f"{key} {saved.get(key)!r} -> {asked.get(key)!r}"
+        for key in sorted(saved.keys() | asked.keys())
+        if saved.get(key) != asked.get(key)
+        and key not in derived
+        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(differ[:4])}). "
+            "To resume it repeat its settings; for a new run choose another --out."
+        )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = prefix + key
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: _plain(value)}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _sources(config: Config) -> tuple[str, ...]:
+    if not config.data.sources:
+        raise ValueError(
+            "no training data: pass --data.sources with a folder, a .csv/.jsonl/.parquet file or tar shards "
+            "(or try `silc quickstart`, which brings its own)."
+        )
+    return config.data.sources
+
+
+def prepare(config: Config, folder: Path, mixture: Mixture, world: World) -> tuple[Config, Tokenizer]:
+    """The tokenizer of the run (made once, then read), and the config with what it decides; both written down."""
+    kept, length = folder / "tokenizer", config.model.text.length
+    if world.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            make_tokenizer(config, mixture).save(kept)
+    parallel.barrier(world)
+    tokenizer = load_tokenizer(kept, length)
+    text = dataclasses.replace(
+        config.model.text, vocab=tokenizer.vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    if world.leads:
+        save_json(folder / "config.json", config)
+        facts = environment(sys.argv) | {"processes": world.size, "device": str(world.device)}
+        facts["threads"] = torch.get_num_threads()
+        (folder / "env.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return config, tokenizer
+
+
+def make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
+    asked, text = config.data.tokenizer, config.model.text
+    if asked == "bytes":
+        return byte_tokenizer(text.length)
+    if asked != "train":
+        return load_tokenizer(Path(asked), text.length)
+    print("training a tokenizer on the captions ...", file=sys.stderr)
+    return train_tokenizer(islice(captions(mixture), TOKENIZER_CAPTIONS), text.vocab, text.length)
+
+
+def captions(mixture: Mixture) -> Iterator[str]:
+    """Captions in the order of the stream, so that every source is met; samples without one are skipped."""
+    for position in range(len(mixture)):
+        source, index = mixture.locate(position)
+        try:
+            yield from source.captions(index)
+        except BadSample:
+            continue
+
+
+def build(config: Config, world: World) -> tuple[Pretrain, torch.optim.AdamW]:
+    """Task and optimiser, equal on every process, sharded where there are several."""
+    torch.manual_seed(config.seed)
+    task = Pretrain(config, Silc(config.model), world).to(world.device)
+    for tower in (task.model.image, task.model.text):
+        tower.recompute = config.train.checkpoint_blocks
+    for part, towers in task.parts():
+        blocks = [block for tower in towers for block in tower.blocks]
+        parallel.distribute(part, blocks, world, config.train.compile)
+    return task, make_optimizer(task.student, config.optim)
+
+
+def describe(config: Config, task: Pretrain, mixture: Mixture, world: World, step: int) -> str:
+    o, million = config.objective, sum(p.numel() for p in task.student.parameters()) / 1e6
+    terms = [f"contrast ({o.kind}) x{o.contrast.weight:g}"]
+    terms += [f"{n} x{t.weight:g}" for n, t in (("distill", o.distill), ("masked", o.masked)) if t.weight > 0]
+    state = f"resuming at step {step} of {config.steps}" if step else f"{config.steps} steps"
+    teacher = f", teacher momentum {config.ema_momentum:.5f} (batch {config.train.batch})" if task.has_teacher else ""
+    return (
+        f"{config.recipe}: {million:.1f}M parameters, {' + '.join(terms)}{teacher}\n"
+        f"{len(mixture):,} pairs, batch {config.train.batch} on {world.size} x {world.device.type}, {state}, "
+        f"run folder {config.out}"
+    )
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: what the loop needs at hand."""
+
+    config: Config
+    folder: Path
+    world: World
+    task: Pretrain
+    optimizer: torch.optim.AdamW
+    log: Log
+    tokenizer: Tokenizer
+    bad: BadCount
+
+    def steps(self, first: int, mixture: Mixture) -> None:
+        """The loop itself."""
+        c, task = self.config, self.task
+        guard = Guard(self.folder, c.objective.prototypes.count, c.train.max_nonfinite)
+        if first == 0:
+            self.evaluate(0)
+        stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size)
+        with closing(stream), Signals() as asked:
+            for step in range(first, c.steps):
+                batch = self.next(stream)
+                lr = learning_rate(step, c.steps, c.optim)
+                set_learning_rate(self.optimizer, lr)
+                metrics = task.forward_backward(batch, step)
+                metrics["grad_norm"] = clip_and_step(task.student.parameters(), self.optimizer, c.optim.clip)
+                task.after_step(step)
+                guard.seen(step, metrics["grad_norm"], batch["ids"])
+                done, stop = step + 1, bool(asked) or step + 1 == c.steps
+                if done % c.train.log_every == 0 or stop:
+                    numbers = self.numbers(metrics)
+                    self.log.train(done, numbers, lr, self.bad.total)
+                    guard.check(done, numbers)
+                if done % c.train.save_every == 0 or stop:
+                    self.save(done)
+                if c.eval.every and done % c.eval.every == 0 and done < c.steps:
+                    self.evaluate(done)
+                if asked and done < c.steps:
+                    raise Stopped(f"stopped by {asked[0]} at step {done}, saved. The same command goes on from there.")
+        if first < c.steps:
+            self.export()
+            self.evaluate(c.steps)
+
+    def next(self, stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch on the device; the time spent waiting for it is kept, bad samples are counted and listed."""
+        began = time.monotonic()
+        batch = next(stream)
+        self.log.waited += time.monotonic() - began
+        self.bad.add(len(batch["ids"]), batch["bad"])
+        if batch["bad"]:
+            with open(self.folder / "bad_samples.jsonl", "a") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in batch["bad"])
+        self.bad.check()
+        device = self.world.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def numbers(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Means over processes as plain numbers: the one place where the host waits for the device."""
+        model = self.task.model
+        found = {k: parallel.mean(v, self.world) for k, v in metrics.items()}
+        found["logit_scale"] = parallel.whole(model.scale.detach())
+        if model.bias is not None:
+            found["logit_bias"] = parallel.whole(model.bias.detach())
+        return {k: float(v) for k, v in found.items()}
+
+    def save(self, done: int) -> None:
+        tensors = checkpoint.collect(self.task, self.optimizer)
+        facts = {"step": done, "position": done * self.config.train.batch, "bad": self.bad.state()}
+        checkpoint.save(self.folder / "checkpoints", tensors, facts, self.world)
+        checkpoint.prune(self.folder / "checkpoints", self.config.train.keep, self.world)
+
+    def whole_model(self) -> Silc:
+        """The student as a plain model: itself in one process, a gathered copy in several."""
+        if self.world.size == 1:
+            model = self.task.model
+        else:
+            model = Silc(self.config.model).to(self.world.device)
+            gathered = {k: parallel.whole(v) for k, v in self.task.model.state_dict().items()}
+            model.load_state_dict(gathered)
+        model.tokenizer = self.tokenizer
+        return model
+
+    def export(self) -> None:
+        """Write export/, which silc.load opens, and beside it the heads, teacher and centres for whoever goes on."""
+        model = self.whole_model()
+        others = checkpoint.collect(self.task, None)
+        if self.world.leads:
+            model.save(self.folder / "export", {"recipe": self.config.recipe, "steps": self.config.steps})
+            self.tokenizer.save(self.folder / "export")
+            others = {k: v for k, v in others.items() if not k.startswith("task.student.model.")}
+            save_file(others, self.folder / "export" / "training.safetensors")
+        parallel.barrier(self.world)
+
+    def evaluate(self, done: int) -> None:
+        """Score every set of the config; a failing evaluation is reported and never ends the run."""
+        if not self.config.eval.sets:
+            return
+        model = self.whole_model()
+        if self.world.leads:
+            for name, folder in self.config.eval.sets.items():
+                try:
+                    for label, result in evaluate(model, {name: folder}).items():
+                        self.log.evaluation(done, label, result.metrics, result.chance)
+                except Exception as error:  # noqa: BLE001  whatever it is, hours of training outweigh it
+                    self.log.say(f"  eval at step {done}  {name} failed: {error}")
+        parallel.barrier(self.world)
+
+
+class Signals:
+    """Within it SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process; a second SIGINT ends it."""
+
+    def __enter__(self) -> list[str]:
+        self.asked: list[str] = []
+        self.before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self.note)
+        return self.asked
+
+    def note(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked.append(signal.Signals(number).name)
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

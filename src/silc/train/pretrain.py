@@ -1,0 +1,229 @@
+"""The pretraining task: a student, its EMA teacher, and the named terms of the loss.
+
+Gives: Pretrain (forward_backward, after_step).
+Used by: train/loop.py. One step, as the paper tells it (SILC section 3), is `Pretrain.terms`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from silc import losses
+from silc.config import Config, ObjectiveConfig, PreprocessConfig
+from silc.data.images import normalise
+from silc.data.views import photometric
+from silc.model.silc import Silc
+from silc.parallel import World, gather, mean
+from silc.train.student import Hyper, Output, Student, Targets, Teacher, Views, aligned
+
+# Shapes: B local batch, V views aligned with the text, G/L global/local views, K prototypes, N patches.
+
+
+class Pretrain(nn.Module):
+    """Student, teacher and centres; everything here is in the checkpoint."""
+
+    def __init__(self, config: Config, model: Silc, world: World) -> None:
+        super().__init__()
+        o = self.objective = config.objective
+        self.config = config
+        if (o.kind == "sigmoid") != (model.logit_bias is not None):
+            raise ValueError(
+                f"--objective.kind {o.kind} with --model.bias-init {config.model.bias_init}: "
+                "the sigmoid loss needs a bias (-10 fits large batches), softmax must have none."
+            )
+        self.student = Student(model, o)
+        self.has_teacher = o.distill.weight > 0 or o.masked.weight > 0
+        if self.has_teacher:
+            self.teacher = Teacher(self.student)
+        self.register_buffer("view_centre", torch.zeros(o.prototypes.count if o.distill.weight > 0 else 0))
+        self.register_buffer("patch_centre", torch.zeros(o.prototypes.count if o.masked.weight > 0 else 0))
+        self.world = world
+        self.new_centres: dict[str, list[Tensor]] = {}
+
+    @property
+    def model(self) -> Silc:
+        return self.student.model
+
+    def parts(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """The modules that are called as one, each with its towers, whose blocks are compiled and sharded apart."""
+        student: list[tuple[nn.Module, list[nn.Module]]] = [(self.student, [self.model.image, self.model.text])]
+        if not self.has_teacher:
+            return student
+        return [*student, (self.teacher, [self.teacher.image] if self.objective.teacher == "full" else [])]
+
+    def hyper(self, step: int) -> Hyper:
+        o, now = self.objective, step / self.config.steps
+        distill, masked = ((t.weight if now >= t.start else 0.0) for t in (o.distill, o.masked))
+        # until a term begins the teacher is a copy of the student, so that it starts from that day's weights
+        return Hyper(distill, masked, self.config.ema_momentum if distill or masked else 0.0)
+
+    def forward_backward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Gradient of one step into the student. Returns the terms and diagnostics by name, detached scalars."""
+        hyper, micro = self.hyper(step), self.config.train.accumulate
+        views, text = self.views(batch, step, hyper), batch["tokens"]
+        if micro == 1:
+            output = self.run(views, text, hyper)
+            terms = self.terms(output, self.targets(views, output, hyper), views, hyper)
+            terms["loss"].backward()
+            return {k: v.detach() for k, v in terms.items()}
+        return self.accumulate([_rows(views, i, micro) for i in range(micro)], text.chunk(micro), hyper)
+
+    def terms(self, out: Output, targets: Targets, views: Views, hyper: Hyper) -> dict[str, Tensor]:
+        """The loss by named terms: L = w_c L_contrast + w_d L_distill + w_m L_masked."""
+        terms = {"contrast": self.contrast(out)} | self.teacher_terms(out, targets, views, hyper)
+        return {"loss": self.total(terms, hyper)} | terms
+
+    def total(self, terms: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        weights = {"contrast": self.objective.contrast.weight, "distill": hyper.distill, "masked": hyper.masked}
+        return torch.stack([weights[n] * terms[n] for n in weights if n in terms]).sum()
+
+    def contrast(self, out: Output) -> Tensor:
+        """Mean over views of the image-text loss, each view against the whole batch of texts."""
+        offset, all_text = self.world.rank * len(out.text), gather(out.text, self.world)
+        if self.objective.kind == "sigmoid" and out.bias is not None:
+            per_view = [losses.sigmoid_contrastive(v, all_text, out.scale, out.bias, offset) for v in out.image]
+        else:
+            per_view = [
+                losses.softmax_contrastive(v, out.text, gather(v, self.world), all_text, out.scale, offset)
+                for v in out.image
+            ]
+        return torch.stack(per_view).mean()
+
+    def teacher_terms(self, out: Output, targets: Targets, views: Views, hyper: Hyper) -> dict[str, Tensor]:
+        o, terms = self.objective, {}
+        if out.views is not None and targets.views is not None:
+            same = len(targets.views) if o.global_to_global else 0
+            terms["distill"] = losses.distill(out.views, targets.views, o.student_temp, same)
+            terms |= _diagnose(targets.views)
+        if out.patches is not None and targets.patches is not None and views.mask is not None:
+            terms["masked"] = losses.masked_patches(
+                out.patches, targets.patches, views.mask, o.student_temp, o.masked_form
+            )
+        return terms
+
+    @torch.no_grad()
+    def targets(self, views: Views, out: Output, hyper: Hyper) -> Targets:
+        """Teacher probabilities of the global views; the batch's mean logits are kept for the centres."""
+        if not hyper.needs_teacher:
+            return Targets(None, None)
+        with self.autocast():
+            view_logits, patch_logits = self.teacher(views, out, hyper)
+        probs = []
+        for name, logits in (("view_centre", view_logits), ("patch_centre", patch_logits)):
+            if logits is None:
+                probs.append(None)
+                continue
+            self.new_centres.setdefault(name, []).append(logits.float().mean((0, 1)))
+            probs.append(losses.teacher_probs(logits, getattr(self, name), self.objective.teacher_temp))
+        return Targets(*probs)
+
+    def accumulate(self, views: list[Views], text: tuple[Tensor, ...], hyper: Hyper) -> dict[str, Tensor]:
+        """The step in micro-batches, with the contrastive gradient of the whole batch (GradCache, arXiv 2101.06983).
+
+        First the embeddings of all micro-batches without graph; then the loss and its gradient on them; then each
+        micro-batch again with graph, driven by its share of that gradient. The teacher's terms are means over samples.
+        """
+        quiet = Hyper(0.0, 0.0, hyper.momentum)
+        with torch.no_grad():
+            outs = [self.run(_aligned_only(v, self.objective), t, quiet) for v, t in zip(views, text)]
+        whole = Output(
+            image=torch.cat([o.image for o in outs], 1).requires_grad_(),
+            text=torch.cat([o.text for o in outs]).requires_grad_(),
+            scale=outs[0].scale.detach().requires_grad_(),
+            bias=None if outs[0].bias is None else outs[0].bias.detach().requires_grad_(),
+            **dict.fromkeys(("views", "patches", "features", "tokens")),
+        )
+        contrast = self.contrast(whole)
+        (self.objective.contrast.weight * contrast).backward()
+        n, parts = len(views), []
+        for i, (v, t) in enumerate(zip(views, text)):
+            out = self.run(v, t, hyper)
+            terms = self.teacher_terms(out, self.targets(v, out, hyper), v, hyper)
+            rows = slice(i * len(t), (i + 1) * len(t))
+            driven = [(out.image, whole.image.grad[:, rows]), (out.text, whole.text.grad[rows])]  # type: ignore[index]
+            driven += [(a, b.grad / n) for a, b in ((out.scale, whole.scale), (out.bias, whole.bias)) if b is not None]  # type: ignore[operator,list-item]
+            surrogate = torch.stack([(value * grad).sum() for value, grad in driven]).sum()
+            extra = {k: terms[k] for k in ("distill", "masked") if k in terms}
+            (surrogate + (self.total(extra, hyper) / n if extra else 0)).backward()
+            parts.append(terms)
+        averaged = {k: torch.stack([p[k].detach() for p in parts]).mean() for k in parts[0]}
+        terms = {"contrast": contrast.detach()} | averaged
+        return {"loss": self.total(terms, hyper)} | terms
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Teacher, centres and the clamp of the temperature, after the optimiser moved the student."""
+        o = self.objective
+        if self.has_teacher:
+            student = {n.removeprefix("model."): p for n, p in self.student.named_parameters()}
+            # parameters are looked up anew: sharding may have swapped the tensors behind a cached list
+            mine, theirs = zip(*((p, student[n]) for n, p in self.teacher.named_parameters()))
+            torch._foreach_lerp_(list(mine), list(theirs), 1 - self.hyper(step).momentum)
+        for name, means in self.new_centres.items():
+            fresh = mean(torch.stack(means).mean(0), self.world)
+            fresh = torch.where(fresh.isfinite().all(), fresh, getattr(self, name))
+            getattr(self, name).lerp_(fresh, 1 - o.centre_momentum)
+        self.new_centres.clear()
+        self.model.logit_scale.clamp_(max=float(torch.tensor(o.max_scale).log()))
+
+    def autocast(self) -> torch.autocast:
+        kind, asked = self.world.device.type, self.config.train.precision
+        return torch.autocast(kind, torch.bfloat16, enabled=asked == "bf16" or (asked == "auto" and kind == "cuda"))
+
+    def run(self, views: Views, text: Tensor, hyper: Hyper) -> Output:
+        with self.autocast():
+            return self.student(views, text, hyper)
+
+    @torch.no_grad()
+    def views(self, batch: dict[str, Any], step: int, hyper: Hyper) -> Views:
+        """uint8 crops -> augmented, normalised pixels; views that no active term reads are dropped here."""
+        p, o = self.model.config.preprocess, self.objective
+        original = normalise(batch["image"], p.mean, p.std) if o.contrast_views != "global" else None
+        wants_globals = o.contrast_views != "original" or hyper.needs_teacher
+        big = small = mask = None
+        if wants_globals:
+            big = _pixels(batch, "globals", slice(0, len(batch["globals"])), p)
+        if hyper.distill > 0 and "locals" in batch:
+            small = _pixels(batch, "locals", slice(len(batch["globals"]), None), p)
+        if hyper.masked > 0:
+            mask = self.mask(len(batch["tokens"]), step).to(self.world.device)
+        return Views(original, big, small, mask)
+
+    def mask(self, batch: int, step: int) -> Tensor:
+        """[B, N] with the same share of patches hidden in every picture; a function of seed, step and row."""
+        n = (self.config.views.global_size // self.model.config.image.patch) ** 2
+        generator = torch.Generator().manual_seed(hash((self.config.seed, step)) % 2**63)
+        noise = torch.rand(batch * self.world.size, n, generator=generator)
+        mine = noise[self.world.rank * batch : (self.world.rank + 1) * batch]
+        return mine.argsort(1).argsort(1) < round(self.objective.mask_ratio * n)
+
+
+def _pixels(batch: dict[str, Any], name: str, rows: slice, preprocess: PreprocessConfig) -> Tensor:
+    crops = batch[name]
+    if "photo" in batch:
+        mean_, std = (crops.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (preprocess.mean, preprocess.std))
+        return (photometric(crops, batch["photo"][rows]) - mean_) / std
+    return normalise(crops, preprocess.mean, preprocess.std)
+
+
+def _rows(views: Views, i: int, n: int) -> Views:
+    """The i-th of n micro-batches; the batch axis is the crop axis's neighbour where there is one."""
+
+    def cut(x: Tensor | None, axis: int) -> Tensor | None:
+        return None if x is None else x.chunk(n, axis)[i]
+
+    return Views(cut(views.original, 0), cut(views.globals, 1), cut(views.locals, 1), cut(views.mask, 0))
+
+
+def _aligned_only(views: Views, config: ObjectiveConfig) -> Views:
+    return Views(views.original, views.globals if aligned("globals", config) else None, None, None)
+
+
+def _diagnose(probs: Tensor) -> dict[str, Tensor]:
+    """Entropy of the teacher's targets, and the share of prototypes (of those this batch could fill) that lead one."""
+    rows, count = probs.shape[0] * probs.shape[1], probs.shape[-1]
+    leading = torch.zeros(count, device=probs.device).scatter_(0, probs.argmax(-1).flatten(), 1.0)
+    return {"teacher_entropy": losses.entropy(probs), "prototype_use": leading.sum() / min(rows, count)}

@@ -1,0 +1,147 @@
+"""Student and teacher, and what passes between them in one step.
+
+Gives: Student (model and heads, one forward call), Teacher (EMA), Hyper, Views, Output, Targets.
+Used by: train/pretrain.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from silc.config import ObjectiveConfig
+from silc.model.prototypes import PrototypeHead
+from silc.model.silc import Silc
+
+# Shapes: B local batch, V views aligned with the text, S views that learn, G/L global/local views, K prototypes,
+# N patches, D shared space, W width of the image tower.
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What changes from step to step."""
+
+    distill: float
+    """Weight of the term now; 0 before its start."""
+    masked: float
+    momentum: float
+    """EMA momentum; 0 (teacher = student) until a term that needs the teacher begins."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distill > 0 or self.masked > 0
+
+
+class Views(NamedTuple):
+    """Normalised pixels of one batch; the crop axis comes first."""
+
+    original: Tensor | None
+    """[B, 3, S, S]: the whole picture, as evaluation sees it."""
+    globals: Tensor | None
+    locals: Tensor | None
+    mask: Tensor | None
+    """[B, N]: patches of the first global view hidden from the student."""
+
+
+class Targets(NamedTuple):
+    """Teacher probabilities: of the global views [G, B, K] and of the first one's patches [B, N, K]."""
+
+    views: Tensor | None
+    patches: Tensor | None
+
+
+class Output(NamedTuple):
+    """Everything the losses need from one call of the student."""
+
+    image: Tensor
+    """[V, B, D] unit length: the views aligned with the text."""
+    text: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    views: Tensor | None
+    """[S, B, K] prototype logits of the views that learn from the teacher."""
+    patches: Tensor | None
+    """[B, N, K] prototype logits of the masked view's patches."""
+    features: Tensor | None
+    """[G, B, D] pooled global views, before normalisation."""
+    tokens: Tensor | None
+    """[B, N, W] patch tokens of the first global view, unmasked."""
+
+
+class Student(nn.Module):
+    """The model and its heads; one forward call for all resolutions and the text (one gather under sharding)."""
+
+    def __init__(self, model: Silc, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        width = model.config.image.width
+        if config.distill.weight > 0:
+            self.view_head = PrototypeHead(model.config.embed_dim, config.prototypes)
+        if config.masked.weight > 0:
+            self.patch_head = PrototypeHead(width, config.prototypes)
+            self.mask_token = nn.Parameter(torch.zeros(width))
+
+    def forward(self, views: Views, text: Tensor, hyper: Hyper) -> Output:
+        c, groups, masks, names = self.config, [], [], []
+        for name, pixels in (("original", views.original), ("globals", views.globals), ("locals", views.locals)):
+            if pixels is not None:
+                groups.append(pixels.flatten(0, -4))
+                masks.append(None)
+                names.append(name)
+        if hyper.masked > 0 and views.globals is not None:
+            groups.append(views.globals[0])
+            masks.append(views.mask)
+            names.append("masked")
+        token = self.mask_token if hyper.masked > 0 else None
+        encoded = dict(zip(names, self.model.image(groups, masks, token)))
+        pooled = {n: e.pooled.unflatten(0, (-1, len(text))) for n, e in encoded.items()}
+        with_text = [n for n in ("original", "globals") if n in pooled and aligned(n, c)]
+        learners = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
+        batch = len(text)
+        return Output(
+            image=F.normalize(torch.cat([pooled[n] for n in with_text]).float(), dim=-1),
+            text=F.normalize(self.model.text(text).float(), dim=-1),
+            scale=self.model.scale,
+            bias=self.model.bias,
+            views=self.view_head(torch.cat([pooled[n] for n in learners])) if hyper.distill > 0 else None,
+            patches=self.patch_head(encoded["masked"].tokens) if hyper.masked > 0 else None,
+            features=pooled.get("globals"),
+            tokens=encoded["globals"].tokens[:batch] if "globals" in encoded else None,
+        )
+
+
+def aligned(name: str, config: ObjectiveConfig) -> bool:
+    """Does the text loss read this group of views?"""
+    return config.contrast_views == "both" or config.contrast_views == {"globals": "global"}.get(name, name)
+
+
+class Teacher(nn.Module):
+    """EMA of the student's image tower and heads, fp32, never with a gradient; or of the heads alone."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        parts = {"image": student.model.image} if student.config.teacher == "full" else {}
+        parts |= {n: getattr(student, n) for n in ("view_head", "patch_head") if hasattr(student, n)}
+        for name, part in parts.items():
+            setattr(self, name, copy.deepcopy(part))
+        self.requires_grad_(False)
+
+    def forward(self, views: Views, student: Output, hyper: Hyper) -> tuple[Tensor | None, Tensor | None]:
+        """-> view logits [G, B, K], patch logits [B, N, K], each None when its term is off."""
+        if hasattr(self, "image"):
+            assert views.globals is not None
+            encoded = self.image([views.globals.flatten(0, 1)])[0]
+            features = encoded.pooled.unflatten(0, views.globals.shape[:2])
+            tokens = encoded.tokens[: views.globals.shape[1]]
+        else:  # head-only EMA: the student's own features, at no cost
+            assert student.features is not None and student.tokens is not None
+            features, tokens = student.features.detach(), student.tokens.detach()
+        return (
+            self.view_head(features) if hyper.distill > 0 else None,
+            self.patch_head(tokens) if hyper.masked > 0 else None,
+        )

@@ -1,0 +1,260 @@
+"""The pretraining task: what learns, what must not, and that neither micro-batches nor processes change the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from silc import losses, recipes
+from silc.config import Config, ObjectiveConfig, Term
+from silc.data.images import normalise
+from silc.model.silc import Silc
+from silc.parallel import World
+from silc.train.loop import build
+from silc.train.optim import clip_and_step
+from silc.train.pretrain import Pretrain
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def config(batch: int = 8, accumulate: int = 1, precision: str = "fp32", **objective: object) -> Config:
+    base = recipes.mu()
+    return replace(
+        base,
+        model=replace(base.model, bias_init=-2.0 if objective.get("kind") == "sigmoid" else None),
+        objective=replace(base.objective, **objective),
+        views=replace(base.views, photometric="none"),
+        train=replace(base.train, batch=batch, accumulate=accumulate, precision=precision),
+    )
+
+
+def batch_of(c: Config, step: int = 0, rows: slice = slice(None)) -> dict[str, object]:
+    g = torch.Generator().manual_seed(100 + step)
+    b, v = c.train.batch, c.views
+
+    def pictures(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+    made = {
+        "image": pictures(b, 3, 32, 32)[rows],
+        "globals": pictures(v.globals, b, 3, v.global_size, v.global_size)[:, rows],
+        "locals": pictures(v.locals, b, 3, v.local_size, v.local_size)[:, rows],
+        "tokens": torch.randint(0, 300, (b, c.model.text.length), generator=g)[rows],
+    }
+    return made | {"ids": [str(i) for i in range(b)][rows]}
+
+
+def gradients(task: Pretrain) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in task.student.named_parameters() if p.grad is not None}
+
+
+def step(task: Pretrain, optimizer: torch.optim.Optimizer, n: int) -> dict[str, torch.Tensor]:
+    out = task.forward_backward(batch_of(task.config, n), n)
+    clip_and_step(task.student.parameters(), optimizer, 1.0)
+    task.after_step(n)
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.names() if n not in ("mu", "quickstart")])
+def test_every_recipe_takes_a_step_and_reports_its_terms(name: str) -> None:
+    recipe, small = recipes.get(name), recipes.mu()
+    o = replace(recipe.objective, prototypes=small.objective.prototypes)
+    o = replace(o, distill=replace(o.distill, start=0.0), masked=replace(o.masked, start=0.0))
+    model = replace(small.model, scale_init=recipe.model.scale_init, bias_init=recipe.model.bias_init)
+    views = replace(recipe.views, global_size=32, local_size=16, photometric="none")
+    c = replace(small, model=model, objective=o, views=views, train=replace(small.train, batch=4))
+    task, optimizer = build(c, ALONE)
+    batch = batch_of(c)
+    if views.locals == 0:
+        del batch["locals"]
+    out = task.forward_backward(batch, 0)
+    clip_and_step(task.student.parameters(), optimizer, 1.0)
+    task.after_step(0)
+    expected = {"contrast"} | {n for n in ("distill", "masked") if getattr(o, n).weight > 0}
+    assert expected <= out.keys() and all(v.isfinite() for v in out.values())
+    by_hand = sum({"contrast": o.contrast, "distill": o.distill, "masked": o.masked}[n].weight * out[n] for n in expected)
+    torch.testing.assert_close(out["loss"], by_hand)
+    assert ("logit_bias" in dict(task.model.named_parameters())) == (o.kind == "sigmoid")
+
+
+def test_the_step_equals_the_paper_written_out_by_hand() -> None:
+    c = config(masked=Term(0.0))
+    task, _ = build(c, ALONE)
+    batch, p = batch_of(c), c.model.preprocess
+    out = task.forward_backward(batch, 0)
+    m, head = task.model, task.student.view_head
+    pixels = {k: normalise(batch[k], p.mean, p.std) for k in ("globals", "locals")}
+    text = m.encode_text(batch["tokens"])
+    contrast = torch.stack(
+        [losses.softmax_contrastive(f, text, f, text, m.scale) for f in map(m.encode_image, pixels["globals"])]
+    ).mean()
+    targets = [(head(m.image([g])[0].pooled) / c.objective.teacher_temp).softmax(-1) for g in pixels["globals"]]
+    terms = [
+        -(t * (head(m.image([view])[0].pooled) / c.objective.student_temp).log_softmax(-1)).sum(-1).mean()
+        for view in pixels["locals"]
+        for t in targets
+    ]
+    torch.testing.assert_close(out["contrast"], contrast.detach())
+    torch.testing.assert_close(out["distill"], torch.stack(terms).mean().detach())
+
+
+@pytest.mark.parametrize("teacher", ["full", "head"])
+def test_the_teacher_follows_the_student_without_a_gradient(teacher: str) -> None:
+    c = config(teacher=teacher, momentum=0.9, momentum_batch=8)
+    task, optimizer = build(c, ALONE)
+    expected = {n: p.clone() for n, p in task.teacher.named_parameters()}
+    assert any(n.startswith("image.") for n in expected) == (teacher == "full")
+    for n in range(3):
+        step(task, optimizer, n)
+        student = {k.removeprefix("model."): p for k, p in task.student.named_parameters()}
+        expected = {k: 0.9 * v + 0.1 * student[k] for k, v in expected.items()}
+    for name, p in task.teacher.named_parameters():
+        assert p.grad is None and not p.requires_grad
+        torch.testing.assert_close(p, expected[name])
+
+
+def test_the_teacher_moves_under_bf16_at_a_high_momentum() -> None:
+    c = config(precision="bf16", momentum=0.9999, momentum_batch=8)
+    task, optimizer = build(c, ALONE)
+    before = {n: p.clone() for n, p in task.teacher.named_parameters()}
+    for n in range(3):
+        step(task, optimizer, n)
+    moved = [n for n, p in task.teacher.named_parameters() if not torch.equal(p, before[n])]
+    assert all(p.dtype == torch.float32 for p in task.teacher.parameters())
+    # keys get no gradient through softmax from their bias, so a bias may rest; every matrix must move
+    assert {n for n in before if before[n].ndim > 1} <= set(moved)
+
+
+def test_the_centre_follows_the_teachers_mean_logits() -> None:
+    c = config(masked=Term(0.0))
+    task, optimizer = build(c, ALONE)
+    p = c.model.preprocess
+    with torch.no_grad():
+        globals_ = normalise(batch_of(c)["globals"], p.mean, p.std).flatten(0, 1)
+        mean = task.teacher.view_head(task.teacher.image([globals_])[0].pooled).mean(0)
+    step(task, optimizer, 0)
+    torch.testing.assert_close(task.view_centre, (1 - c.objective.centre_momentum) * mean)
+
+
+def test_a_term_starts_when_it_should_from_that_days_student() -> None:
+    c = config(distill=Term(1.0, 0.5), masked=Term(0.0), momentum=0.5, momentum_batch=8)
+    c = replace(c, train=replace(c.train, samples=8 * 4))
+    task, optimizer = build(c, ALONE)
+    assert "distill" not in step(task, optimizer, 0) and "distill" not in step(task, optimizer, 1)
+    for name, p in task.teacher.named_parameters():
+        torch.testing.assert_close(p, dict(task.student.named_parameters())[f"model.{name}" if name.startswith("image") else name])
+    assert "distill" in step(task, optimizer, 2)
+
+
+@pytest.mark.parametrize("objective", [{}, {"teacher": "head", "masked_form": "all"}, {"contrast_views": "both"}])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(objective: dict[str, object]) -> None:
+    whole, _ = build(config(**objective), ALONE)
+    parts, _ = build(config(accumulate=4, **objective), ALONE)
+    a, b = whole.forward_backward(batch_of(whole.config), 0), parts.forward_backward(batch_of(parts.config), 0)
+    for name in ("loss", "contrast", "distill", "masked"):
+        torch.testing.assert_close(a[name], b[name])
+    expected, found = gradients(whole), gradients(parts)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=2e-6)
+
+
+def test_a_gradient_that_is_not_a_number_skips_the_step() -> None:
+    task, optimizer = build(config(), ALONE)
+    step(task, optimizer, 0)
+    before = [p.clone() for p in task.student.parameters()]
+    task.forward_backward(batch_of(task.config, 1), 1)
+    next(task.student.parameters()).grad[0] = float("nan")
+    norm = clip_and_step(task.student.parameters(), optimizer, 1.0)
+    assert not norm.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, task.student.parameters()))
+    step(task, optimizer, 2)
+    assert not all(torch.equal(a, b) for a, b in zip(before, task.student.parameters()))
+
+
+def test_forty_steps_on_one_batch_learn_it() -> None:
+    task, optimizer = build(config(distill=Term(0.5)), ALONE)
+    first = step(task, optimizer, 0)
+    for _ in range(40):
+        out = task.forward_backward(batch_of(task.config, 0), 0)
+        clip_and_step(task.student.parameters(), optimizer, 1.0)
+        task.after_step(0)
+    assert out["contrast"] < 0.25 * first["contrast"]
+    assert out["teacher_entropy"] > 0.1
+
+
+def test_the_temperature_stays_under_its_clamp() -> None:
+    task, optimizer = build(config(max_scale=14.0), ALONE)
+    step(task, optimizer, 0)
+    assert task.model.scale.item() <= 14.0001
+
+
+def worker(rank: int, world: int, port: int, shard: int, kinds: list[dict[str, object]], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    from silc import parallel
+
+    place = parallel.start("cpu", shard)
+    for i, kind in enumerate(kinds):
+        c = config(**kind)
+        task, optimizer = build(c, place)
+        each = c.train.batch // world
+        seen: dict[str, torch.Tensor] = {}
+        for n in range(3):
+            batch = batch_of(c, n, slice(rank * each, (rank + 1) * each))
+            out = task.forward_backward(batch, n)
+            if n == 0:
+                seen |= {f"grad.{k}": parallel.whole(g) for k, g in gradients(task).items()}
+            seen |= {f"{n}.{k}": parallel.mean(v, place) for k, v in out.items() if k in ("loss", "contrast", "distill", "masked")}
+            clip_and_step(task.student.parameters(), optimizer, 1.0)
+            task.after_step(n)
+        seen |= {f"after.{k}": parallel.whole(v) for k, v in task.state_dict().items()}
+        if rank == 0:
+            torch.save(seen, Path(folder) / f"{world}-{shard}-{i}.pt")
+    dist.barrier()
+    parallel.stop()
+
+
+def run_worlds(folder: Path, world: int, shard: int, kinds: list[dict[str, object]], port: int) -> list[dict[str, torch.Tensor]]:
+    mp.spawn(worker, (world, port, shard, kinds, str(folder)), nprocs=world)
+    return [torch.load(folder / f"{world}-{shard}-{i}.pt", weights_only=True) for i in range(len(kinds))]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+KINDS: list[dict[str, object]] = [{}, {"kind": "sigmoid", "teacher": "head", "global_to_global": True}, {"accumulate": 2}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "shard"), [(2, 1), (2, 2), (4, 2)])
+def test_loss_gradient_and_weights_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, world: int, shard: int
+) -> None:
+    spread = run_worlds(tmp_path, world, shard, KINDS, free_port())
+    for kind, found in zip(KINDS, spread):
+        c = config(**{k: v for k, v in kind.items() if k != "accumulate"})
+        task, optimizer = build(c, ALONE)
+        for n in range(3):
+            out = task.forward_backward(batch_of(c, n), n)
+            if n == 0:
+                for name, g in gradients(task).items():
+                    torch.testing.assert_close(found[f"grad.{name}"], g, rtol=1e-4, atol=1e-6)
+            for k in ("loss", "contrast", "distill", "masked"):
+                torch.testing.assert_close(found[f"{n}.{k}"], out[k], rtol=2e-4, atol=1e-4)
+            clip_and_step(task.student.parameters(), optimizer, 1.0)
+            task.after_step(n)
+        expected = {f"after.{k}" for k in task.state_dict()}
+        assert expected <= found.keys()
