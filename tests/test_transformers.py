@@ -257,7 +257,7 @@ def test_prefixes_of_wrappers_are_stripped_in_any_nesting() -> None:
     stripped = strip_prefixes({name: torch.tensor(float(i)) for i, name in enumerate(names)})
     assert list(stripped) == ["a.weight", "b", "a.b.c", "modules.a", "d"]
     assert [t.item() for t in stripped.values()] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="'a.weight'"):
+    with pytest.raises(ValueError, match=r"'a\.weight'"):
         strip_prefixes({"module.a.weight": torch.zeros(1), "a.weight": torch.zeros(1)})
 
 

@@ -71,16 +71,18 @@ def evaluate(args: list[str]) -> None:
         Args:
             model: A run folder or an export.
             sets: Pairs of task and folder: `--sets zeroshot pets/ retrieval coco/`; label a task as `zeroshot/pets`.
-            out: Folder for results.json, the table and pictures.
+            out: Folder for one JSON a result, results.md and pictures.
         """
         from silc.eval.run import evaluate as score
-        from silc.eval.run import table, write_results
+        from silc.eval.run import fingerprint, table, write
         from silc.predict import load
 
-        results = score(load(model), sets, out / "pictures" if out else None)
+        opened = load(model)
+        results = score(opened, sets, out / "pictures" if out else None)
         print(table(results))
         if out:
-            write_results(results, out, model)
+            write(results, out, {"model": model, "sha256": fingerprint(opened)})
+            (out / "results.md").write_text(table(results))
 
     tyro.cli(run, args=args, prog="silc eval")
 
@@ -102,10 +104,10 @@ def heatmap(args: list[str]) -> None:
             text: What to look for: `-t "a red apple" "a dog"`.
             out: The PNG to write.
         """
-        from silc.predict import Predictor, draw_heatmaps, load
+        from silc.predict import Predictor, load, overlay_heatmap
 
-        predictor = Predictor(load(model))
-        draw_heatmaps(image, list(text), predictor.heatmap(image, list(text))).save(out)
+        maps = Predictor(load(model)).heatmap(image, list(text))
+        overlay_heatmap(image, maps, text).save(out)
         print(f"wrote {out}")
 
     tyro.cli(run, args=args, prog="silc heatmap")

@@ -107,7 +107,7 @@ class Predictor:
         label alone: such probabilities need not sum to 1, and may all be low. The picture is squashed or cropped as in
         training. Raises ValueError for no or repeated labels, or a wrong template.
         """
-        pictures = list(images) if isinstance(images, list | tuple) else [images]
+        pictures = [images] if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor) else list(images)
         cfg, names = self.model.config.preprocess, _texts(labels, "label")
         classes = class_embeddings(self.model, [[name] for name in names], templates)
         answers: list[dict[str, Score]] = []
@@ -124,7 +124,8 @@ class Predictor:
         return answers
 
     def heatmap(
-        self, image: Picture, texts: Sequence[str], templates: Sequence[str] = ("{}",), how: Protocol | str = "whole-image"
+        self, image: Picture, texts: Sequence[str], templates: Sequence[str] = ("{}",),
+        how: Protocol | str = "whole-image",
     ) -> Tensor:
         """Cosine of every pixel with every text: float32 [T, H, W] at the picture's own size, aspect kept.
 
@@ -183,7 +184,9 @@ def _protocol(how: Protocol | str) -> Protocol:
 
 # ---------------------------------------------------------------- pictures of the answers
 
-HEAT = np.array([(12, 10, 40), (74, 22, 106), (148, 42, 98), (214, 74, 64), (246, 140, 40), (252, 214, 92), (255, 255, 220)])
+HEAT = np.array(
+    [(12, 10, 40), (74, 22, 106), (148, 42, 98), (214, 74, 64), (246, 140, 40), (252, 214, 92), (255, 255, 220)]
+)
 """Dark to bright, evenly rising in lightness."""
 
 

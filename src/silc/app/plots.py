@@ -1,6 +1,6 @@
 """Pictures of the report: curves over training, retrieved pictures, patch-text maps beside masks.
 
-Gives: `Line`, `curves`, `retrieval_grid`, `map_grid`, `LIGHT`, `DARK`, `dark_twin`. Each writes PATH.png and PATH-dark.png.
+Gives: `Line`, `curves`, `retrieval_grid`, `map_grid` (each writes X.png and X-dark.png), `dark_twin`, `LIGHT`, `DARK`.
 Used by: app/report, quickstart.
 """
 
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Line:
 
 
 class MapRow(TypedDict):
-    """One picture of `map_grid`: image [H,W,3] or [3,H,W], maps of cosines [h,w] by text, masks [H,W] of class indices."""
+    """A row of `map_grid`: image [H,W,3] or [3,H,W], maps of cosines [h,w] by text, masks [H,W] of class indices."""
 
     image: Any
     maps: list[tuple[str, Any]]
@@ -85,9 +85,10 @@ def _save(path: Path, width: float, height: float, draw: Callable[[Any, Theme], 
     path.parent.mkdir(parents=True, exist_ok=True)
     for theme, file in ((LIGHT, path), (DARK, dark_twin(path))):
         # Captions are data: a dollar sign in one must not start a formula.
-        style: dict[Any, Any] = {"text.parse_math": False, "font.family": fonts, "font.size": 9.0, "text.color": theme.ink,
-                 "axes.labelcolor": theme.muted, "xtick.color": theme.muted, "ytick.color": theme.muted,
-                 "axes.edgecolor": theme.rule, "axes.facecolor": theme.card}
+        style: dict[Any, Any] = {
+            "text.parse_math": False, "font.family": fonts, "font.size": 9.0, "text.color": theme.ink,
+            "axes.labelcolor": theme.muted, "xtick.color": theme.muted, "ytick.color": theme.muted,
+            "axes.edgecolor": theme.rule, "axes.facecolor": theme.card}
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.card)
             FigureCanvasAgg(figure)
@@ -117,11 +118,13 @@ def smooth(y: np.ndarray, window: int) -> np.ndarray:
 
 
 def curves(lines: Sequence[Line], path: Path, *, title: str, unit: str = "", percent: bool = False,
-           points: bool = False, references: Sequence[tuple[str, float]] = ()) -> Path:
+           zero: bool = False, kind: Literal["noisy", "exact", "points"] = "noisy",
+           references: Sequence[tuple[str, float]] = ()) -> Path:
     """Draw values over the pairs seen.
 
-    `percent` shows shares of one as percent; `points` marks each value instead of smoothing (evaluations);
-    `references` are dashed levels with a name, such as chance.
+    `percent` shows shares of one as percent; `zero` starts the axis there; `references` are dashed levels with a
+    name, such as chance. A `noisy` line is drawn thin with its running mean, an `exact` one (a schedule) as it is,
+    dashed from the second on since equal ones hide each other; `points` marks every value (evaluations).
     """
     factor = 100.0 if percent else 1.0
 
@@ -132,15 +135,18 @@ def curves(lines: Sequence[Line], path: Path, *, title: str, unit: str = "", per
             x, y = np.asarray(line.x, float), np.asarray(line.y, float) * factor
             y[~np.isfinite(y)] = np.nan
             colour = theme.runs[line.slot % len(theme.runs)]
-            if points:
-                axes.plot(x, y, color=colour, lw=1.8, marker="osD^vP"[line.slot % 6], ms=4, label=line.label,
-                          markeredgecolor=theme.card, markeredgewidth=0.6, clip_on=False, zorder=3)
-                continue
-            window = max(1, len(y) // 40)
-            if window > 1:
+            style: dict[str, Any] = {"color": colour, "lw": 1.8, "label": line.label, "solid_capstyle": "round"}
+            window = max(1, len(y) // 40) if kind == "noisy" else 1
+            if kind == "points":
+                style |= {"marker": "osD^vP"[line.slot % 6], "ms": 4, "mec": theme.card, "mew": 0.6, "zorder": 3}
+            elif kind == "exact" and line is not lines[0]:
+                style["ls"] = (0, (5, 2.5))
+            elif window > 1:
                 axes.plot(x, y, color=colour, lw=0.8, alpha=0.28)
-            axes.plot(x, smooth(y, window), color=colour, lw=1.8, label=line.label, solid_capstyle="round")
+            axes.plot(x, smooth(y, window), **style)
         axes.margins(x=0.02, y=0.08)
+        if zero:
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
         _references(axes, theme, [(name, level * factor) for name, level in references], percent)
         axes.set_xlabel("image–text pairs seen", fontsize=8.5)
         axes.xaxis.set_major_formatter(short_count)
@@ -165,7 +171,7 @@ def _frame(axes: Any, theme: Theme) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=8.5, pad=4)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _references(axes: Any, theme: Theme, levels: Sequence[tuple[str, float]], percent: bool) -> None:
@@ -242,7 +248,7 @@ def retrieval_grid(queries: Sequence[str], rows: Sequence[Sequence[tuple[Any, bo
 
 
 def mask_colours(count: int, palette: Sequence[Sequence[int]] | None = None) -> np.ndarray:
-    """[count,3] in [0,1]: the set's own palette, or colours told apart without full colour vision, then lighter ones."""
+    """[count,3] in [0,1]: the set's own palette, or one made for every colour vision, then tints and shades of it."""
     if palette is not None:
         if len(palette) < count:
             raise ValueError(f"the palette has {len(palette)} colours for {count} classes.")
@@ -310,7 +316,8 @@ def _map_row(figure: Any, theme: Theme, row: MapRow, top: float, height: float, 
     image = _picture(row["image"])
     low, high = _span(row)
     cells: list[tuple[str, Any, dict[str, Any]]] = [("picture", image, {})]
-    cells += [(f"“{text}”", np.asarray(m, float), {"cmap": SCALE, "vmin": low, "vmax": high}) for text, m in row["maps"]]
+    scale = {"cmap": SCALE, "vmin": low, "vmax": high}
+    cells += [(f"“{text}”", np.asarray(values, float), scale) for text, values in row["maps"]]
     masks: list[tuple[str, Any, dict[str, Any]]] = [
         ("predicted", _paint(row["prediction"], row), {"interpolation": "nearest"}),
         ("truth", _paint(row["truth"], row), {"interpolation": "nearest"})]

@@ -6,6 +6,7 @@ Used by: cli, quickstart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -21,27 +22,28 @@ from silc.app import plots
 from silc.config import Config, load_json, to_dict
 
 TERMS = ("contrast", "distill", "masked")
+NAMES = {"cpu": "CPU", "cpus": "CPU cores", "gpu": "GPU", "git": "Commit", "torch": "PyTorch"}
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str, dict[str, Any]], ...]], ...] = (
     ("Loss", "Thin: every logged step. Thick: running mean.", (
         ("loss", "Loss", "The training loss.", {}),
-        ("contrast", "Image–text contrast", "Each picture against all captions of its batch, and the reverse.", {}),
+        ("contrast", "Image–text contrast", "Each picture against the captions of its batch, and the reverse.", {}),
         ("distill", "Local-to-global distillation",
          "Cross-entropy between the teacher's global view and the student's local views.", {}),
         ("masked", "Masked patches", "Hidden patches predicted against the teacher's prototypes.", {}))),
-    ("Teacher", "Is self-distillation alive, or has it collapsed?", (
+    ("Teacher", "Whether self-distillation is alive or has collapsed.", (
         ("teacher_entropy", "Teacher entropy",
          "At ln K the teacher finds all prototypes alike; near 0 it is always sure of one.", {"unit": "nats"}),
-        ("prototype_use", "Prototypes in use", "Share of the prototypes, of as many as a batch can fill, that lead for some view.",
-         {"percent": True}))),
+        ("prototype_use", "Prototypes in use", "Share, of as many as a batch can fill, that lead for some view.",
+         {"percent": True, "zero": True}))),
     ("Optimisation", "", (
-        ("logit_scale", "Logit scale", "Inverse temperature of the contrastive loss.", {}),
-        ("logit_bias", "Logit bias", "Offset of the sigmoid loss.", {}),
-        ("lr", "Learning rate", "The schedule as applied.", {}),
+        ("logit_scale", "Logit scale", "Inverse temperature of the contrastive loss.", {"kind": "exact"}),
+        ("logit_bias", "Logit bias", "Offset of the sigmoid loss.", {"kind": "exact"}),
+        ("lr", "Learning rate", "The schedule as applied.", {"kind": "exact"}),
         ("grad_norm", "Gradient norm", "Before clipping.", {}))),
     ("Speed", "", (
-        ("images_per_s", "Throughput", "Image–text pairs through the whole step.", {"unit": "pairs per second"}),
-        ("wait", "Waiting for data", "Share of the time in which the model stood idle.", {"percent": True}),
-        ("memory_mb", "Peak memory", "Of the training process.", {"unit": "MB"}))))
+        ("images_per_s", "Throughput", "Image–text pairs through the whole step.", {"unit": "pairs per second", "zero": True}),
+        ("wait", "Waiting for data", "Share of the time in which the model stood idle.", {"percent": True, "zero": True}),
+        ("memory_mb", "Peak memory", "Of the training process.", {"unit": "MB", "zero": True, "kind": "exact"}))))
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Run:
     def seconds(self) -> float:
         """Training time; the clock of the log starts anew at each resume, so every fall closes a part."""
         told = [*self.series("seconds")[1], -math.inf]
-        return math.fsum(now for now, then in zip(told, told[1:]) if then < now)
+        return math.fsum(now for now, then in itertools.pairwise(told) if then < now)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def _training(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     for title, text, charts in CHARTS:
         figures = []
         for key, name, caption, style in charts:
-            lines = [plots.Line(run.name, *run.series(key), slot) for slot, run in enumerate(runs) if run.series(key)[0]]
+            lines = [plots.Line(run.name, *run.series(key), slot) for slot, run in enumerate(runs)]
+            lines = [line for line in lines if len(line.x)]
             if not lines or (key == "loss" and not plain):
                 continue
             path = out / "pictures" / f"train-{key.replace('_', '-')}.png"
@@ -277,11 +280,11 @@ def _progress(runs: Sequence[Run], out: Path) -> dict[str, Any]:
                 word = "best constant" if task.startswith("seg") else "chance"
                 path = out / "pictures" / f"eval-{len(figures):02d}.png"
                 plots.curves(found, path, title=f"{label or task} · {metric_name(key)}", unit=task if label else "",
-                             percent=_is_share(key, [*chances, *(y for line in found for y in line.y)]), points=True,
+                             percent=_is_share(key, [*chances, *(y for line in found for y in line.y)]), kind="points",
                              references=[(word, level) for level in chances[-1:]])
                 figures.append(_figure(out, path, ""))
-    return {"id": "learning", "title": "What it learns, when", "figures": figures,
-            "text": "Held-out scores during training. Dashed: chance, or for segmentation the best constant answer."}
+    return {"id": "learning", "title": "Scores during training", "figures": figures,
+            "text": "On pictures held out from it. Dashed: chance, or for segmentation the best constant answer."}
 
 
 # ---------------------------------------------------------------- facts
@@ -289,6 +292,8 @@ def _progress(runs: Sequence[Run], out: Path) -> dict[str, Any]:
 
 def _about(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Rows about the runs: label and one text a run."""
+    count = plots.short_count
+
     def describe(run: Run) -> dict[str, str]:
         cfg, last = run.config, run.train[-1] if run.train else {}
         objective, views = cfg.objective, cfg.views
@@ -300,7 +305,7 @@ def _about(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         seen, planned = last.get("samples", 0), cfg.steps * cfg.train.batch
         return {"Recipe": cfg.recipe, "Loss": " + ".join(terms), "Views": ", ".join(crops),
                 "Batch": f"{cfg.train.batch:,}", "Steps": f"{last.get('step', 0):,} of {cfg.steps:,}",
-                "Pairs seen": plots.short_count(seen) + ("" if seen >= planned else f" of {plots.short_count(planned)} (unfinished)"),
+                "Pairs seen": count(seen) + ("" if seen >= planned else f" of {count(planned)} (unfinished)"),
                 "Training time": duration(run.seconds),
                 "Throughput": f"{sorted(rates)[len(rates) // 2]:,.0f} pairs / s" if rates else "–",
                 "Waiting for data": score(sum(waits) / len(waits), True) if waits else "–",
@@ -330,8 +335,7 @@ def _facts(runs: Sequence[Run], given: Sequence[tuple[str, str]]) -> list[tuple[
     facts, taken = list(given), {key.lower() for key, _ in given}
     for key in dict.fromkeys(key for run in runs for key in run.env if key.lower() not in taken):
         texts = {run.name: _plain(run.env[key]) for run in runs if run.env.get(key)}
-        label = key.replace("_", " ").capitalize()
-        label = label.upper() if key in ("cpu", "gpu", "os") else label
+        label = NAMES.get(key, key.replace("_", " ").capitalize())
         if len(set(texts.values())) == 1:
             facts.append((label, next(iter(texts.values()))))
         else:

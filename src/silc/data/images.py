@@ -1,6 +1,6 @@
 """From the bytes of a picture file to pixels.
 
-Gives: `decode`, `resize`, `preprocess`, `normalise`, and `BadSample`, which says in a few words why a picture is unusable.
+Gives: `decode`, `resize`, `preprocess`, `normalise`, and `BadSample`, which says why a picture is unusable.
 Used by: data/pairs, data/labelled, data/views, predict, eval.
 """
 

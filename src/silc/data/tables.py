@@ -251,14 +251,17 @@ def _parquet(file: IO[bytes]) -> tuple[list[str], Any]:
         raise ValueError('a .parquet table needs pyarrow: pip install "silc[parquet]".') from None
     try:
         table = pq.ParquetFile(file)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise Damaged(f"not a Parquet file ({error})") from None
 
     def cells(image: str, text: str) -> Iterator[tuple[Any, Any]]:
         kind = table.schema_arrow.field(image).type
         if pa.types.is_struct(kind) or pa.types.is_binary(kind):
             raise ValueError(f"data: column {image!r} holds images, not paths; write them as files or tar shards.")
-        for batch in table.iter_batches(columns=[image, text]):
-            yield from zip(batch.column(image).to_pylist(), batch.column(text).to_pylist())
+        try:
+            for batch in table.iter_batches(columns=[image, text]):
+                yield from zip(batch.column(image).to_pylist(), batch.column(text).to_pylist())
+        except (pa.ArrowException, OSError) as error:
+            raise Damaged(f"its Parquet data break off ({error})") from None
 
     return list(table.schema_arrow.names), cells

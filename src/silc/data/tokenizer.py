@@ -146,7 +146,7 @@ def clean(text: Any, lowercase: bool = True, punctuation: bool = True) -> str:
 
 
 def train_tokenizer(captions: Iterable[str], vocab: int, length: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab` tokens (258 at least) on `captions`; the same captions, the same result.
+    """Train a byte-level BPE of at most `vocab` tokens (258 at least); the same captions give the same tokenizer.
 
     Its alphabet is all 256 bytes, so any text in any script encodes without an unknown token.
     """
@@ -242,7 +242,7 @@ def _specials(pieces: Pieces | SentencePieces, folder: Path) -> tuple[int | None
             named.update(_named_tokens(folder / name))
     # What the file itself puts around a text is surer than names
     bare = pieces.encode("a", add_special_tokens=False).ids
-    full = pieces.encode("a", add_special_tokens=True).ids
+    full = pieces.encode("a", add_special_tokens=True).ids if bare else []
     before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     added = full[before + len(bare) :]
     eos = added[0] if added else _first(pieces, (named.get("eos_token"), *KNOWN_EOS))

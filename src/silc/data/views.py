@@ -62,7 +62,7 @@ def crop_box(
 
 
 def cut(image: Tensor, views: ViewsConfig, rng: np.random.Generator) -> dict[str, Tensor]:
-    """uint8 [3, H, W] -> {"globals": uint8 [G, 3, S, S], "locals": uint8 [L, 3, s, s]}, each absent if it would be empty.
+    """uint8 [3, H, W] -> {"globals": uint8 [G, 3, S, S], "locals": uint8 [L, 3, s, s]}; a kind of zero views is absent.
 
     Each view is an independent `crop_box`, resized with antialiased bicubic, mirrored with probability one half when
     `views.flip` (SILC section 3, after DINO's multi-crop).
@@ -77,7 +77,9 @@ def cut(image: Tensor, views: ViewsConfig, rng: np.random.Generator) -> dict[str
 
 
 def least_side(views: ViewsConfig) -> int:
-    """Short side in pixels a 4:3 picture must have for its smallest crop not to be enlarged: `at_least` for `decode`."""
+    """`at_least` for `decode`: the short side, in pixels, from which no crop of a 4:3 picture has fewer pixels than its
+    view. A square picture's smallest crops may be enlarged by 1.15.
+    """
     sides = [views.global_size * math.sqrt(3 / 4 / views.global_scale[0])] if views.globals else [0.0]
     if views.locals:
         sides.append(views.local_size * math.sqrt(3 / 4 / views.local_scale[0]))

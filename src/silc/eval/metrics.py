@@ -7,6 +7,7 @@ Used by: every evaluation task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def first_hit_ranks(
     pairs = pairs[pairs[:, 0].argsort(stable=True)]
     rows, columns = pairs.unbind(1)
     starts = torch.searchsorted(rows.contiguous(), torch.arange(len(queries) + 1, device=rows.device)).tolist()
-    if any(a == b for a, b in zip(starts, starts[1:])):
+    if any(a == b for a, b in pairwise(starts)):
         raise ValueError("retrieval: a query has no candidate that belongs to it.")
     weight = torch.ones(len(candidates)) if copies is None else copies
     # float64: counts of up to 2^53 stay exact
@@ -113,7 +114,7 @@ def confusion(truth: Tensor, prediction: Tensor, classes: int, void: int | None 
 
 
 def iou(counts: Tensor) -> Tensor:
-    """Intersection over union a class, float64 [C], from `confusion`; NaN where a class is neither true nor predicted."""
+    """Intersection over union a class, float64 [C], from `confusion`; NaN for a class neither true nor predicted."""
     hit = counts.diagonal().double()
     return hit / (counts.sum(0) + counts.sum(1) - hit)
 
@@ -144,7 +145,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of values [N] over `draws` resamplings, deterministic.
 
-    `groups` int [N]: values of one group (the captions of one image) are drawn together, because they are not independent.
+    `groups` int [N]: values of one group (the captions of one image) are not independent, so they are drawn together.
     """
     v = values.double().cpu().numpy()
     g = np.arange(len(v)) if groups is None else np.unique(groups.cpu().numpy(), return_inverse=True)[1]

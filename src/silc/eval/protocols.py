@@ -40,8 +40,8 @@ class Protocol:
     templates: tuple[str, ...] = ()
     """Empty: the default list."""
     background: float | None = None
-    """For a set with a background class: None compares it by its names like any class; a number leaves its names out and
-    gives it every pixel whose best foreground probability (softmax over the names at the model's temperature) is lower."""
+    """For a set with a background class: None compares it by its names like any class; a number leaves its names out
+    and gives it every pixel whose best foreground probability (softmax over names at the model's scale) is lower."""
     readout: Readout = "auto"
 
 
@@ -81,7 +81,8 @@ def fit_size(height: int, width: int, how: Protocol, config: ModelConfig) -> tup
 
 def fit(image: Tensor, how: Protocol, config: ModelConfig) -> Tensor:
     """uint8 [3, h, w] -> uint8 [3, H, W] for `encode`."""
-    return resize(image, *fit_size(*image.shape[-2:], how, config), config.preprocess.interpolation)
+    height, width = fit_size(image.shape[-2], image.shape[-1], how, config)
+    return resize(image, height, width, config.preprocess.interpolation)
 
 
 def windows(height: int, width: int, how: Protocol) -> list[tuple[int, int, int, int]]:
@@ -107,13 +108,13 @@ class Dense:
 
 
 def encode(model: Silc, pixels: Tensor, how: Protocol, batch: int = 8) -> list[Dense]:
-    """Normalised pixels [B, 3, H, W] of one size -> one Dense a picture; `batch` windows go through the model at a time.
+    """Normalised pixels [B, 3, H, W] of one size -> a Dense for each; `batch` windows go through the model at a time.
 
     Raises ValueError if the protocol's window is no multiple of the model's patch.
     """
     patch = model.config.image.patch
     if how.window % patch:
-        raise ValueError(f"protocol {how.name}: its window of {how.window} px is no multiple of the model's patch of {patch} px.")
+        raise ValueError(f"protocol {how.name}: its window of {how.window} px is no multiple of the patch, {patch} px.")
     size = (pixels.shape[-2], pixels.shape[-1])
     boxes = windows(*size, how)
     crops = torch.stack([pixels[:, :, t : t + h, x : x + w] for t, x, h, w in boxes], dim=1).flatten(0, 1)

@@ -47,15 +47,15 @@ class Relation:
 
 def relate(captions: list[list[str]]) -> Relation:
     number: dict[str, int] = {}
-    instances = torch.tensor(
-        [(i, number.setdefault(text, len(number))) for i, own in enumerate(captions) for text in own], dtype=torch.int64
-    ).view(-1, 2)
-    return Relation(list(number), instances.unique(dim=0), instances, torch.bincount(instances[:, 1], minlength=len(number)))
+    listed = [(i, number.setdefault(text, len(number))) for i, own in enumerate(captions) for text in own]
+    instances = torch.tensor(listed, dtype=torch.int64).view(-1, 2)
+    copies = torch.bincount(instances[:, 1], minlength=len(number))
+    return Relation(list(number), instances.unique(dim=0), instances, copies)
 
 
 def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
-    """Recall at k: is a right answer among the k nearest? image_to_text: any of the image's captions; text_to_image: any
-    image that has the caption. Chance is exact for the number of candidates and right answers.
+    """Recall at k: is a right answer among the k nearest? image_to_text: any of the image's captions; text_to_image:
+    any image that has the caption. Chance is exact for the number of candidates and right answers.
 
     Intervals resample images, whose captions are not independent. ValueError for a set that is not as `open_captioned`
     wants it.
@@ -67,8 +67,9 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
     pairs, copies = known.pairs.to(model.device), known.copies.to(model.device)
     to_text = first_hit_ranks(images, texts, pairs, copies, cfg.chunk)
     to_image = first_hit_ranks(texts, images, pairs.flip(1), None, cfg.chunk)[known.instances[:, 1]]
-    image_has = torch.zeros(len(data), dtype=torch.int64).index_add_(0, known.pairs[:, 0], known.copies[known.pairs[:, 1]])
-    text_has = torch.bincount(known.pairs[:, 1], minlength=len(known.texts))[known.instances[:, 1]]
+    owner, text = known.pairs.unbind(1)
+    image_has = torch.zeros(len(data), dtype=torch.int64).index_add_(0, owner, known.copies[text])
+    text_has = torch.bincount(text, minlength=len(known.texts))[known.instances[:, 1]]
     ways = {
         "text_to_image": (to_image, text_has, len(data), known.instances[:, 0]),
         "image_to_text": (to_text, image_has, len(known.instances), torch.arange(len(data))),
@@ -114,6 +115,5 @@ def _spread(total: int, wanted: int) -> list[int]:
 
 def _nearest(queries: Tensor, candidates: Tensor, listed: int) -> list[list[tuple[int, float]]]:
     best = (queries @ candidates.T).topk(min(listed, len(candidates)))
-    return [
-        [(i, round(v, 5)) for i, v in zip(row, values)] for row, values in zip(best.indices.tolist(), best.values.tolist())
-    ]
+    rows = zip(best.indices.tolist(), best.values.tolist())
+    return [[(i, round(v, 5)) for i, v in zip(indices, values)] for indices, values in rows]

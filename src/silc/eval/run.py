@@ -51,14 +51,14 @@ def evaluate(
             raise ValueError(f"evaluation {name!r}: there is no task {task!r}." + nearest(task, tasks))
     for name in configs:
         if name not in tasks and name not in sets:
-            raise ValueError(f"evaluation: settings for {name!r}, which is neither a task nor a set." + nearest(name, sets))
+            raise ValueError(f"evaluation: settings for {name!r}, neither a task nor a set." + nearest(name, sets))
     results = {}
     for name, folder in sets.items():
-        task = tasks[name.partition("/")[0]]
-        cfg = configs.get(name, configs.get(name.partition("/")[0])) or task.Config()
+        kind = name.partition("/")[0]
+        cfg = configs.get(name) or configs.get(kind) or tasks[kind].Config()
         if pictures is not None and hasattr(cfg, "pictures") and cfg.pictures is None:
             cfg = dataclasses.replace(cfg, pictures=pictures / file_name(name))
-        results[name] = task.run(model, folder, cfg)
+        results[name] = tasks[kind].run(model, folder, cfg)
         results[name].details["preprocess"] = to_dict(model.config.preprocess)
         results[name].details["folder"] = str(folder)
     return results
@@ -90,7 +90,8 @@ def write(results: Mapping[str, Result], folder: Path, about: Mapping[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     for path, (name, result) in zip(paths, results.items()):
         data = {"name": name, **dataclasses.asdict(result), "about": dict(about), "versions": versions()}
-        path.write_text(json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     return paths
 
 

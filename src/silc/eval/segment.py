@@ -51,7 +51,7 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
     names = class_embeddings(model, named, templates)
     names = dataclasses.replace(names, owner=names.owner + skipped, classes=len(data.classes))
     counts = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
-    kept = set(i * len(data) // cfg.examples for i in range(cfg.examples)) if cfg.pictures else set()
+    kept = {i * len(data) // cfg.examples for i in range(cfg.examples)} if cfg.pictures else set()
     examples: list[dict[str, Any]] = []
     progress = Progress(f"segment {data.name}", len(data))
     for index, truth, label in _predictions(model, data, names, how, how.background if skipped else None, cfg.batch):
@@ -66,8 +66,8 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
         {"miou": miou(counts), "pixel_accuracy": pixel_accuracy(counts)},
         {"miou": constant[0], "pixel_accuracy": constant[1]},
         {"set": data.name, "count": len(data), "templates": templates, "protocol": dataclasses.asdict(how),
-         "background": _rule(data, how), "void": data.void, "palette": data.palette, "per_class": _per_class(data, counts),
-         "pictures": sorted(examples, key=lambda e: e["index"])},
+         "background": _rule(data, how), "void": data.void, "palette": data.palette,
+         "per_class": _per_class(data, counts), "pictures": sorted(examples, key=lambda e: e["index"])},
     )
 
 

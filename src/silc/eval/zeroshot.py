@@ -52,7 +52,8 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
     return Result(metrics, chance, {
         "set": data.name, "count": len(data), "classes": [names[0] for names in data.classes], "templates": templates,
         "interval": interval, "largest_class": largest,
-        "per_class": [None if v != v else v for v in by_class.tolist()], "predictions": _predictions(data, scores, cfg.listed),
+        "per_class": [None if v != v else v for v in by_class.tolist()],
+        "predictions": _predictions(data, scores, cfg.listed),
     })
 
 

@@ -1,6 +1,6 @@
 """What a run writes down: metrics.jsonl (the truth), a progress line, and optional mirrors of it.
 
-Gives: Log, environment.
+Gives: Log, environment, forget.
 Used by: train/loop.py; app/report.py reads the files.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Callable, TextIO
 
 import torch
 
@@ -58,7 +58,7 @@ class Log:
         self.first_step = self.last_step = step
         self.waited = 0.0
         if leads:
-            _forget_after(folder / "metrics.jsonl", step)
+            forget(folder / "metrics.jsonl", lambda row: row["step"] <= step)
             self.file = open(folder / "metrics.jsonl", "a")
             self.mirrors = _mirrors(config.log, config, folder)
 
@@ -128,8 +128,8 @@ def memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop rows beyond `step`: a resumed run lives those steps again. A half-written last line goes too."""
+def forget(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop rows of a .jsonl that a resumed run lives again, and a half-written last line; atomically."""
     if not path.exists():
         return
     kept = []
@@ -138,7 +138,7 @@ def _forget_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if keep(row):
             kept.append(line + "\n")
     part = path.with_suffix(".part")
     part.write_text("".join(kept))

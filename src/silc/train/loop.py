@@ -31,7 +31,7 @@ from silc.model.silc import Silc
 from silc.parallel import World
 from silc.train import checkpoint
 from silc.train.guard import Guard, Stopped
-from silc.train.log import Log, environment
+from silc.train.log import Log, environment, forget
 from silc.train.optim import clip_and_step, learning_rate, make_optimizer, set_learning_rate
 from silc.train.pretrain import Pretrain
 
@@ -58,13 +58,14 @@ def train(config: Config) -> Path:
     mixture = Mixture([open_source(s, config.data) for s in _sources(config)], config.data.weights, config.seed)
     config, tokenizer = prepare(config, folder, mixture, world)
     task, optimizer = build(config, world)
-    step, bad = 0, BadCount(config.data)
+    step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
     found = checkpoint.latest(folder / "checkpoints")
     if found is not None:
         tensors, facts = found
         checkpoint.restore(task, optimizer, tensors)
         step = facts["step"]
-        bad.load_state(facts["bad"])
+        bad.restore(facts["bad"])
+        forget(folder / "bad_samples.jsonl", lambda row: row["position"] < facts["position"])
     log = Log(config, folder, world.leads, step)
     log.say(describe(config, task, mixture, world, step))
     run = Run(config, folder, world, task, optimizer, log, tokenizer, bad)
@@ -153,9 +154,9 @@ def make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
 def captions(mixture: Mixture) -> Iterator[str]:
     """Captions in the order of the stream, so that every source is met; samples without one are skipped."""
     for position in range(len(mixture)):
-        source, index = mixture.locate(position)
+        number, index = mixture.locate(position)
         try:
-            yield from source.captions(index)
+            yield from mixture.sources[number].captions(index)
         except BadSample:
             continue
 
@@ -217,7 +218,7 @@ class Run:
                 done, stop = step + 1, bool(asked) or step + 1 == c.steps
                 if done % c.train.log_every == 0 or stop:
                     numbers = self.numbers(metrics)
-                    self.log.train(done, numbers, lr, self.bad.total)
+                    self.log.train(done, numbers, lr, self.bad.bad)
                     guard.check(done, numbers)
                 if done % c.train.save_every == 0 or stop:
                     self.save(done)
@@ -235,9 +236,6 @@ class Run:
         batch = next(stream)
         self.log.waited += time.monotonic() - began
         self.bad.add(len(batch["ids"]), batch["bad"])
-        if batch["bad"]:
-            with open(self.folder / "bad_samples.jsonl", "a") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in batch["bad"])
         self.bad.check()
         device = self.world.device
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

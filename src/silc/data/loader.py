@@ -1,0 +1,277 @@
+"""Batches: positions of the stream, decoded and cut by worker processes, joined and tokenised.
+
+Gives: `batches`, `BadCount`.
+Used by: train/loop, benchmarks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from silc.config import Config
+from silc.data.images import decode, preprocess
+from silc.data.pairs import Bad, Mixture
+from silc.data.views import cut, draw_photometric, least_side, sample_rng
+
+CHUNK = 32
+"""Most samples in one task of a worker: large enough that handing over costs little, small enough to share out."""
+AHEAD = 2
+"""Batches in the making at any time."""
+MAX_FLYING = 256
+"""Chunks in the making at any time: each holds up to three file descriptors, of which a process may have 1,024."""
+CROP_AXIS = {"image": 0, "globals": 1, "locals": 1, "photo": 1}
+"""Which axis of a chunk's arrays is the batch."""
+
+Batch = dict[str, Any]
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+class Chunks(Dataset[Batch]):
+    """Stretches of the stream, each as one dict of stacked arrays.
+
+    Its item [first, last) is: "image" uint8 [n, 3, S, S], "globals" uint8 [G, n, 3, H, W], "locals" uint8
+    [L, n, 3, h, w], "photo" float32 [G+L, n, P] (NumPy), each only where the config asks for it; "captions" and
+    "ids", lists of n; "bad", what was left out. Or {"error": sentence}: an exception would arrive as a traceback.
+    """
+
+    def __init__(self, config: Config, mixture: Mixture) -> None:
+        self.config, self.mixture = config, mixture
+        self.original = config.objective.contrast_views != "global"
+        size = config.model.preprocess.size if self.original else 0
+        self.at_least = max(least_side(config.views), size)
+
+    def __getitem__(self, span: tuple[int, int]) -> Batch:
+        try:
+            made = [self.mixture.read(position, partial(self._sample, position)) for position in range(*span)]
+        except ValueError as error:
+            return {"error": str(error)}
+        samples = [sample for sample, _, _ in made]
+        names = [name for name in CROP_AXIS if name in samples[0]]
+        chunk: Batch = {name: torch.stack([sample[name] for sample in samples], CROP_AXIS[name]) for name in names}
+        if "photo" in chunk:
+            chunk["photo"] = chunk["photo"].numpy()  # small: cheaper in the message than as shared memory
+        bad = [item for _, _, items in made for item in items]
+        return {**chunk, "captions": [s["caption"] for s in samples], "ids": [ident for _, ident, _ in made], "bad": bad}
+
+    def _sample(self, position: int, data: bytes, captions: list[str], ident: str) -> dict[str, Any]:
+        views = self.config.views
+        image = decode(data, self.config.data.max_pixels, self.at_least)
+        rng = sample_rng(self.config.seed, position)
+        made: dict[str, Any] = {"caption": captions[int(rng.integers(len(captions)))]}
+        made.update(cut(image, views, rng))
+        if self.original:
+            made["image"] = preprocess(image, self.config.model.preprocess)
+        if views.photometric != "none":
+            made["photo"] = draw_photometric(views, rng)
+        return made
+
+
+def _start_worker(closing: Any, worker: int) -> None:
+    """Let a worker outlive the signals that a launcher sends to the whole group, until its parent is closing.
+
+    The parent still needs batches to finish its step and save; DataLoader's own watchdog ends orphans.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- in the training process
+
+
+def batches(
+    config: Config,
+    mixture: Mixture,
+    tokenizer: Callable[[list[str]], Tensor],
+    start_step: int,
+    rank: int,
+    world: int,
+) -> Iterator[Batch]:
+    """This process's part of every batch from `start_step` on, endless.
+
+    The batch of step s is positions [s * batch, (s + 1) * batch) of the stream, and rank r takes the r-th of `world`
+    equal slices: what is trained on depends neither on the number of processes nor on that of workers, and every step
+    can be the first. A batch (B = batch / world, G/L global/local views, P photometric parameters) holds
+
+    "image" uint8 [B, 3, S, S] (if the objective contrasts the original), "globals" uint8 [G, B, 3, H, W],
+    "locals" uint8 [L, B, 3, h, w] (if any), "tokens" int64 [B, length], "photo" float32 [G+L, B, P] (if
+    photometric), "ids" list of B, "bad" list of dicts (position, id, source, cause).
+
+    Close the iterator (`.close()`) to end its workers. ValueError if `world` does not divide the batch, if shared
+    memory is too small, or, while iterating, from the sources.
+    """
+    batch, workers = config.train.batch, config.data.workers
+    if batch % world:
+        raise ValueError(f"train: a batch of {batch} cannot be shared among {world} processes; make it a multiple.")
+    share = batch // world
+    chunk = min(CHUNK, math.ceil(share / max(1, workers)))
+    starts = (step * batch + rank * share for step in itertools.count(start_step))
+    spans = ((at, min(at + chunk, first + share)) for first in starts for at in range(first, first + share, chunk))
+    pieces = math.ceil(share / chunk)
+    damage = mixture.damage if start_step == rank == 0 else []
+    loader, closing = _loader(Chunks(config, mixture), spans, workers, chunk, pieces)
+    return _joined(loader, closing, pieces, tokenizer, damage)
+
+
+def _loader(
+    chunks: Chunks, spans: Iterable[tuple[int, int]], workers: int, chunk: int, pieces: int
+) -> tuple[DataLoader[Batch], Any]:
+    options: dict[str, Any] = {}
+    # Forked workers share the packed tables of the sources, start at once, and need no guarded main module; with one
+    # thread each they never enter a pool of threads that the fork did not copy, nor touch the GPU. Elsewhere than on
+    # Linux forking is unsafe in the system's own libraries.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    closing = context.RawValue("b", 0)
+    if workers:
+        flying = min(MAX_FLYING, AHEAD * pieces, _room(chunks.config, chunk, workers))
+        options = {
+            "multiprocessing_context": context,
+            "prefetch_factor": max(1, flying // workers),
+            "worker_init_fn": partial(_start_worker, closing),
+        }
+    # A generator of its own: DataLoader draws from it, and training's random numbers must not depend on that.
+    own = torch.Generator()
+    options.update(sampler=spans, collate_fn=_as_is, num_workers=workers, generator=own)
+    return DataLoader(chunks, batch_size=None, **options), closing
+
+
+def _as_is(chunk: Batch) -> Batch:
+    return chunk
+
+
+def _room(config: Config, chunk: int, workers: int) -> int:
+    """Chunks that fit into half of what shared memory is free; ValueError if that is less than one a worker."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        return MAX_FLYING
+    views = config.views
+    original = config.model.preprocess.size if config.objective.contrast_views != "global" else 0
+    squares = views.globals * views.global_size**2 + views.locals * views.local_size**2 + original**2
+    free = shutil.disk_usage(shared).free
+    room = free // 2 // (3 * squares * chunk)
+    if room < workers:
+        raise ValueError(
+            f"data: {free >> 20} MiB of shared memory are too little for {workers} workers; enlarge /dev/shm "
+            "(docker run --shm-size=8g), or set --data.workers 0."
+        )
+    return int(room)
+
+
+def _joined(
+    loader: DataLoader[Batch],
+    closing: Any,
+    pieces: int,
+    tokenizer: Callable[[list[str]], Tensor],
+    damage: list[Bad],
+) -> Iterator[Batch]:
+    iterator = iter(loader)
+
+    def stop() -> None:
+        closing.value = 1
+        if loader.num_workers:
+            # Also when a traceback still holds the iterator, so that its own clean-up would not run.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    atexit.register(stop)
+    try:
+        while True:
+            chunks = [_next(iterator) for _ in range(pieces)]
+            batch = _join(chunks, tokenizer)
+            batch["bad"] = damage + batch["bad"]
+            damage = []
+            yield batch
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+def _next(iterator: Iterator[Batch]) -> Batch:
+    try:
+        chunk = next(iterator)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            "data: a worker process died, most often because memory ran out; lower --data.workers or --train.batch."
+        ) from error
+    if "error" in chunk:
+        raise ValueError(chunk["error"])
+    return chunk
+
+
+def _join(chunks: Sequence[Batch], tokenizer: Callable[[list[str]], Tensor]) -> Batch:
+    joined: Batch = {}
+    for name, axis in CROP_AXIS.items():
+        if name in chunks[0]:
+            joined[name] = torch.cat([torch.as_tensor(chunk[name]) for chunk in chunks], axis)
+    captions, ids, bad = (list(itertools.chain(*(c[name] for c in chunks))) for name in ("captions", "ids", "bad"))
+    return {**joined, "tokens": tokenizer(captions), "ids": ids, "bad": bad}
+
+
+# ---------------------------------------------------------------- bad samples
+
+
+class BadCount:
+    """Counts bad samples by cause, keeps their list, and stops a run in which they are too many."""
+
+    AT_LEAST = 200
+    SHOWN = 3
+
+    def __init__(self, max_fraction: float, path: Path | None = None) -> None:
+        """`path`: a file to which each bad sample is added as a line of JSON."""
+        self.max_fraction, self.path = max_fraction, path
+        self.seen = 0
+        self.causes: Counter[str] = Counter()
+        self.first: list[str] = []
+
+    @property
+    def bad(self) -> int:
+        return self.causes.total()
+
+    def add(self, good: int, bad: Sequence[Bad]) -> None:
+        """Count a batch: `good` samples used, `bad` ones left out."""
+        self.seen += good + len(bad)
+        self.causes.update(item["cause"] for item in bad)
+        self.first = (self.first + [item["id"] for item in bad])[: self.SHOWN]
+        if bad and self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(item) + "\n" for item in bad)
+
+    def check(self) -> None:
+        """ValueError if, after at least 200 samples, more than `max_fraction` of those tried were bad."""
+        if self.seen < self.AT_LEAST or self.bad <= self.max_fraction * self.seen:
+            return
+        told = ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
+        where = f"; all are listed in {self.path}" if self.path is not None else ""
+        raise ValueError(
+            f"data: {self.bad} of {self.seen} samples are bad ({self.bad / self.seen:.1%}, limit "
+            f"{self.max_fraction:.1%}): {told}; the first are {', '.join(self.first)}{where}. "
+            "Mend the data, or raise --data.max-bad-fraction."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"seen": self.seen, "causes": dict(self.causes), "first": list(self.first)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting from what `state` gave."""
+        self.seen, self.causes, self.first = int(state["seen"]), Counter(state["causes"]), list(state["first"])
