@@ -10,13 +10,12 @@ import io
 import pickle
 import struct
 import time
-import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from silc.config import PreprocessConfig
@@ -128,6 +127,7 @@ def test_exif_orientation_is_applied(orientation):
     assert jpeg.shape == (3, 12, 20) and jpeg[0, 1, 1] > 240 and abs(int(jpeg[0, 1, -2]) - 128) < 15
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_lose_the_picture():
     image = photo(16, 24)
     data = encoded(image, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\x00\x09garbage")
@@ -199,16 +199,15 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\x00" * 100))
 
 
-def test_a_huge_header_is_refused_before_anything_is_allocated():
-    tracemalloc.start()
+def test_a_huge_header_is_refused_before_anything_is_decoded(monkeypatch):
+    # Pillow allocates the pixels in load; were it reached, the cause would be another
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     start = time.perf_counter()
     assert cause(png_header(30_000, 30_000), max_pixels=100_000_000) == "too large"
     # Within Pillow's limit, beyond ours, and one that would pass both
     assert cause(png_header(8_000, 8_000), max_pixels=60_000_000) == "too large"
     assert cause(png_header(8_000, 1_000), max_pixels=8_000_000 - 1) == "too large"
     assert time.perf_counter() - start < 0.5
-    assert tracemalloc.get_traced_memory()[1] < 5e6
-    tracemalloc.stop()
     # Pillow's own limit is still in force for one who asks for more
     assert cause(png_header(30_000, 30_000), max_pixels=10**12) == "too large"
 

@@ -39,13 +39,14 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
         p.data = torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and "weight" in name else 0.0)
 
 
-def tiny(pool: str = "map", seed: int = 0, **text: Any) -> Silc:
-    """A model of 16 x 16 pictures (a 4 x 4 grid), width 24, all parameters random."""
-    pre_norm, proj = {"map": (False, "none"), "cls": (True, "linear"), "mean": (False, "affine")}[pool]
-    image = ImageTowerConfig(16, PATCH, WIDTH, 3, HEADS, 40, pool, pre_norm=pre_norm, proj=proj)  # type: ignore[arg-type]
+def tiny(image_pool: str = "map", **text: Any) -> Silc:
+    """A model of 16 x 16 pictures (a 4 x 4 grid), width 24, all parameters random; `text` changes the text tower."""
+    pre_norm, proj = {"map": (False, "none"), "cls": (True, "linear"), "mean": (False, "affine")}[image_pool]
+    sizes: dict[str, Any] = {"image_size": 16, "patch": PATCH, "width": WIDTH, "depth": 3, "heads": HEADS, "mlp": 40}
+    image = ImageTowerConfig(**sizes, pool=image_pool, pre_norm=pre_norm, proj=proj)  # type: ignore[arg-type]
     words = TextTowerConfig(**{"vocab": 30, "length": 8, "width": 16, "depth": 2, "heads": 2, "mlp": 20, **text})
-    model = Silc(ModelConfig(image, words, embed_dim=WIDTH if pool == "map" else 20)).eval()
-    randomise(model, seed)
+    model = Silc(ModelConfig(image, words, embed_dim=WIDTH if image_pool == "map" else 20)).eval()
+    randomise(model)
     return model
 
 
@@ -143,8 +144,7 @@ def test_tokens_are_the_last_hidden_states_without_the_class_token() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_text_tower_is_the_plain_formula(pool: str, causal: bool) -> None:
-    tower = tiny("map", causal=causal, eos_id=7, pad_id=1).text
-    tower.config = dataclasses.replace(tower.config, pool=pool)  # type: ignore[arg-type]
+    tower = tiny(causal=causal, pool=pool, eos_id=7, pad_id=1).text
     ids = torch.tensor([[3, 7, 1, 1, 1, 1], [3, 4, 5, 7, 7, 1], [7, 3, 3, 3, 3, 3], [9, 8, 6, 5, 4, 7]])
     expected = []
     for row in ids:
@@ -169,7 +169,7 @@ def test_a_causal_text_does_not_depend_on_what_follows_its_end() -> None:
 
 @torch.no_grad()
 def test_a_text_of_padding_only_has_a_finite_mean() -> None:
-    assert tiny("map", pool="mean", pad_id=1).encode_text(torch.ones(1, 8, dtype=torch.long)).isfinite().all()
+    assert tiny(pool="mean", pad_id=1).encode_text(torch.ones(1, 8, dtype=torch.long)).isfinite().all()
 
 
 # ---------------------------------------------------------------- packing
@@ -184,16 +184,20 @@ def test_unpack_undoes_pack(shapes: list[tuple[int, int]], width: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(unpack(packed, remembered), sequences, strict=True))
 
 
-def run(tower: ImageTower, calls: list[list[tuple[Tensor, Tensor | None]]], token: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+Group = tuple[Tensor, Tensor | None]
+"""Pictures and their mask."""
+
+
+def run(tower: ImageTower, calls: list[list[Group]], token: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Values of all groups, and the gradients of a fixed random reading of them, over the given calls."""
-    leaves = [p for p in (*tower.parameters(), token) if p.requires_grad]
     pixels = [g.requires_grad_() for call in calls for g, _ in call]
+    leaves = dict(tower.named_parameters()) | {"token": token} | {f"pixels {i}": x for i, x in enumerate(pixels)}
     encoded = [e for call in calls for e in tower([g for g, _ in call], [m for _, m in call], token)]
     values = [part for e in encoded for part in (e.pooled, e.tokens)]
     generator = torch.Generator().manual_seed(5)
-    reading = sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in values)
-    assert isinstance(reading, Tensor)
-    return [v.detach() for v in values], list(torch.autograd.grad(reading, leaves + pixels))
+    reading = torch.stack([(v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in values]).sum()
+    gradients = torch.autograd.grad(reading, list(leaves.values()))
+    return [v.detach() for v in values], dict(zip(leaves, gradients, strict=True))
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -202,19 +206,22 @@ def test_packed_resolutions_equal_a_loop_over_them(pool: str, recompute: bool) -
     tower = tiny(pool).image.double()
     tower.recompute = recompute
     token = torch.randn(WIDTH, dtype=torch.double, requires_grad=True)
-    groups = [torch.randn(b, 3, h, w, dtype=torch.double) for b, h, w in [(3, 16, 16), (5, 8, 8), (2, 12, 24), (1, 24, 8)]]
+    sizes = [(3, 16, 16), (5, 8, 8), (2, 12, 24), (1, 24, 8)]
+    groups = [torch.randn(b, 3, h, w, dtype=torch.double) for b, h, w in sizes]
     masks = [torch.rand(3, 16) < 0.5, None, torch.rand(2, 18) < 0.3, None]
     seen: list[int] = []
-    hook = tower.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    hook = tower.blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
     values, gradients = run(tower, [[(g.clone(), m) for g, m in zip(groups, masks)]], token)
     assert len(seen) == (2 if recompute else 1)
     hook.remove()
     tower.recompute = False
     expected, looped = run(tower, [[(g.clone(), m)] for g, m in zip(groups, masks)], token)
     assert all(close(a, b, 1e-10) for a, b in zip(values, expected, strict=True))
-    # the position table is resized in fp32, so its gradient is only that exact
-    assert all(close(a, b, 1e-5) for a, b in zip(gradients, looped, strict=True))
-    assert all(g.abs().max() > 0 for g in gradients)
+    for name, gradient in looped.items():
+        if name.endswith("attention.k.bias"):  # softmax does not see what is added to all keys
+            assert gradient.abs().max() < 1e-10 > gradients[name].abs().max()
+        else:  # the position table is resized in fp32, so its gradient is only that exact
+            assert gradient.abs().max() > 1e-3 and close(gradients[name], gradient, 1e-5), name
 
 
 def test_recomputed_texts_have_the_same_gradient() -> None:
@@ -317,7 +324,9 @@ def test_per_patch_is_the_map_head_with_attention_on_one_patch() -> None:
     expected = head.per_patch(tokens)
     finders = torch.linalg.pinv(tokens)  # finders[:, j] @ tokens[i] = 1 if i == j else 0
     a = head.attention
-    a.q.weight.zero_(), a.q.bias.fill_(1.0), a.k.bias.zero_()
+    a.q.weight.zero_()
+    a.q.bias.fill_(1.0)
+    a.k.bias.zero_()
     for j in range(len(tokens)):
         a.k.weight.copy_(1000 * finders[:, j].expand(WIDTH, WIDTH))
         (pooled,) = head(tokens, ((1, len(tokens)),))
@@ -333,7 +342,7 @@ def test_the_value_path_is_the_block_on_each_token_alone() -> None:
 
 
 def planted(flip: bool = False) -> Silc:
-    """A model set by hand: patch features are the mean red, green and blue; texts 5 and 6 say red and blue."""
+    """A model set by hand: patch features are the mean red, green and blue; texts 5 and 6 say red and blue, or the reverse."""
     image = ImageTowerConfig(16, PATCH, 4, 0, 1, 4, "mean", proj="linear")
     text = TextTowerConfig(vocab=8, length=3, width=4, depth=0, heads=1, mlp=4, proj="linear")
     model = Silc(ModelConfig(image, text, embed_dim=4)).eval()
@@ -342,8 +351,10 @@ def planted(flip: bool = False) -> Silc:
             p.zero_()
         for channel in range(3):
             model.image.patch.weight[channel, channel] = 1 / PATCH**2
-        model.text.token.weight[5 if not flip else 6, 0] = model.text.token.weight[6 if not flip else 5, 2] = 1.0
-        model.image.proj.weight.copy_(torch.eye(4)), model.text.proj.weight.copy_(torch.eye(4))
+        red, blue = (6, 5) if flip else (5, 6)
+        model.text.token.weight[red, 0] = model.text.token.weight[blue, 2] = 1.0
+        for projection in (model.image.proj, model.text.proj):
+            projection.weight.copy_(torch.eye(4))
     return model
 
 
@@ -372,7 +383,8 @@ def test_embeddings_have_unit_length_and_logits_are_scaled_and_shifted() -> None
     dense = model.encode_dense(torch.randn(2, 3, 8, 12))
     assert close(image.norm(dim=-1), torch.ones(3)) and close(text.norm(dim=-1), torch.ones(2))
     assert close(dense.norm(dim=1), torch.ones(2, 2, 3))
-    model.logit_scale.fill_(math.log(7.0)), model.logit_bias.fill_(-3.0)
+    model.logit_scale.fill_(math.log(7.0))
+    model.logit_bias.fill_(-3.0)
     assert model.scale.shape == model.bias.shape == (1,)
     assert close(model.logits(image, text), 7.0 * image @ text.T - 3.0)
     softmax = Silc(dataclasses.replace(model.config, bias_init=None, scale_init=7.0))

@@ -225,7 +225,9 @@ def test_truncated_shard_is_remembered_and_forged_headers_end(tmp_path):
     (tmp_path / "s-1.tar").write_bytes(shard(3, 3)[:5000])
     (tmp_path / "s-2.tar").write_bytes(b"<html>" * 1000)
     source = open_source(str(tmp_path / "s-{0..2}.tar"), CFG)
-    assert len(content(source)) == 4 + (len(source) - 4)
+    assert [source.ident(i) for i in range(3)] == [f"s-0.tar:0000{i}" for i in range(3)]
+    assert source.read(3) == (jpeg(3), ["text 3"], "s-1.tar:00003")
+    assert len(source) == 5 and cause(source, 4) == "no caption"  # its image is whole, its texts are beyond the end
     assert [(item["id"].rpartition("/")[2], item["cause"]) for item in source.damage] == [
         ("s-1.tar", "truncated shard"),
         ("s-2.tar", "not a tar file"),
@@ -276,7 +278,7 @@ def test_remote_file_systems(tmp_path):
         assert table.read(0)[0] == table.read(1)[0] == jpeg(1)
         assert cause(table, 2) == "missing file"  # looked for below the table, not on this machine
     assert content(open_source("memory://loose", CFG)) == {"x/a.png": (jpeg(3), ["loose"])}
-    with pytest.raises(ValueError, match="memory://nothing does not exist"):
+    with pytest.raises(ValueError, match="memory://nothing does not"):
         open_source("memory://nothing", CFG)
 
 
@@ -421,7 +423,7 @@ def test_weighted_sources_go_through_all_their_samples():
     small = [i for s, i in got if s == 0]
     assert len(small) == 1024 and set(Counter(small).values()) <= {34, 35}
     assert len({i for s, i in got[:1024] if s == 1}) == 768
-    runs = sum(a[0] != b[0] for a, b in zip(got, got[1:]))
+    runs = np.count_nonzero(np.diff([s for s, _ in got]))
     assert runs == pytest.approx(2 * 0.25 * 0.75 * 4096, rel=0.1)  # sources are interleaved as if at random
 
 
@@ -442,7 +444,7 @@ def test_bad_samples_are_replaced_the_same_way_every_time():
 
 def test_a_source_in_which_all_is_bad_is_explained():
     mixture = Mixture([Numbers("a", 10, range(10))], (), 0)
-    with pytest.raises(ValueError, match="16 samples in a row .*: 16 x no caption; .*members found: jpg; expected txt"):
+    with pytest.raises(ValueError, match=r"16 samples in a row .*: 16 x no caption; .*found: jpg; expected txt"):
         mixture.read(5, lambda data, captions, ident: data)
 
 

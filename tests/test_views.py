@@ -67,19 +67,19 @@ def plain_crop(height: int, width: int, scale: tuple[float, float], rng: random.
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     if width / height < 3 / 4:
-        w, h = width, int(round(width / (3 / 4)))
+        w, h = width, round(width / (3 / 4))
     elif width / height > 4 / 3:
-        w, h = int(round(height * 4 / 3)), height
+        w, h = round(height * 4 / 3), height
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 256), (60, 200)])
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 256), (60, 200), (4, 5)])
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_crop_boxes_are_distributed_as_random_resized_crop(size, scale):
     count = 6000

@@ -146,7 +146,7 @@ def curves(lines: Sequence[Line], path: Path, *, title: str, unit: str = "", per
             axes.plot(x, smooth(y, window), **style)
         axes.margins(x=0.02, y=0.08)
         if zero:
-            axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
+            axes.set_ylim(0, max(1.08 * axes.dataLim.y1, 1e-9))
         _references(axes, theme, [(name, level * factor) for name, level in references], percent)
         axes.set_xlabel("image–text pairs seen", fontsize=8.5)
         axes.xaxis.set_major_formatter(short_count)
@@ -343,11 +343,11 @@ def _map_legend(figure: Any, theme: Theme, row: MapRow, legend: list[list[tuple[
     style = {"va": "center", "fontsize": 8, "color": theme.muted}
     if row["maps"]:
         low, high = _span(row)
-        _text(figure, 0.12, top, f"cosine {low:.2f}", **style)
+        _text(figure, 0.12, top, f"cosine {low:.2f}".replace("-", "−"), **style)
         bar = _cell(figure, 0.12 + 0.82, top - 0.045, 0.72, 0.09)
         bar.imshow(np.linspace(0, 1, 64)[None], cmap=SCALE, aspect="auto")
         _ring(bar, theme.rule, 0.0)
-        _text(figure, 0.12 + 1.6, top, f"{high:.2f}", **style)
+        _text(figure, 0.12 + 1.6, top, f"{high:.2f}".replace("-", "−"), **style)
     for i, line in enumerate(legend):
         for name, colour, offset in line:
             patch = _cell(figure, left + offset, top + 0.19 * i - 0.055, 0.11, 0.11)

@@ -41,8 +41,9 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str, dict[str, Any]], ...]],
         ("lr", "Learning rate", "The schedule as applied.", {"kind": "exact"}),
         ("grad_norm", "Gradient norm", "Before clipping.", {}))),
     ("Speed", "", (
-        ("images_per_s", "Throughput", "Image–text pairs through the whole step.", {"unit": "pairs per second", "zero": True}),
-        ("wait", "Waiting for data", "Share of the time in which the model stood idle.", {"percent": True, "zero": True}),
+        ("images_per_s", "Throughput", "Image–text pairs through the whole step.",
+         {"unit": "pairs per second", "zero": True}),
+        ("wait", "Waiting for data", "Share of the time the model stood idle.", {"percent": True, "zero": True}),
         ("memory_mb", "Peak memory", "Of the training process.", {"unit": "MB", "zero": True, "kind": "exact"}))))
 
 
@@ -68,8 +69,8 @@ class Run:
     unreadable: int = 0
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Pairs seen and value, for the training lines that have `key`."""
-        lines = [line for line in self.train if _number(line.get(key)) is not None]
+        """Pairs seen and value (NaN stays), for the training lines that have `key`."""
+        lines = [line for line in self.train if isinstance(line.get(key), (int, float))]
         return [line["samples"] for line in lines], [float(line[key]) for line in lines]
 
     @property
@@ -86,6 +87,7 @@ class Figure:
     src: str
     dark: str
     caption: str
+    alt: str
     width: int
     height: int
 
@@ -94,7 +96,8 @@ class Figure:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A finite number, or None for anything else that a log may hold."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def read_run(name: str, folder: Path) -> Run:
@@ -136,7 +139,7 @@ def read_run(name: str, folder: Path) -> Run:
 
 def score(value: float | None, percent: bool) -> str:
     """0.4123 -> `41.2%`; below one percent two digits stay; other quantities with four."""
-    if value is None or not math.isfinite(value):
+    if value is None:
         return "–"
     if not percent:
         return f"{value:.4g}"
@@ -146,7 +149,7 @@ def score(value: float | None, percent: bool) -> str:
 
 def times(value: float | None, chance: float | None) -> str:
     """How many times chance: `10.3×`, or a dash where there is no chance level."""
-    if value is None or chance is None or not chance > 0 or not math.isfinite(value):
+    if value is None or not chance or chance < 0:
         return "–"
     ratio = value / chance
     return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×" if ratio >= 9.95 else f"{ratio:.2f}×"
@@ -173,8 +176,7 @@ def metric_name(key: str) -> str:
 
 def _is_share(key: str, values: Iterable[float | None]) -> bool:
     """Whether a metric reads as percent: all its values lie in [0,1] and it is not a rank, loss or the like."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return not re.search(r"rank|loss|error|ece|count|entropy", key) and all(0 <= v <= 1 for v in known)
+    return not re.search(r"rank|loss|error|count|entropy", key) and all(v is None or 0 <= v <= 1 for v in values)
 
 
 # ---------------------------------------------------------------- headline
@@ -191,8 +193,8 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
             values = [_number(line["metrics"].get(key)) for line in last]
             chances = [_number(line["chance"].get(key)) for line in last]
             percent = _is_share(key, values + chances)
-            known = [v for v in values if v is not None and math.isfinite(v)]
-            best = max(known) if percent and len(known) > 1 and max(known) > min(known) else None
+            known = {v for v in values if v is not None}
+            best = max(known) if percent and len(known) > 1 else None
             levels = list(dict.fromkeys(score(c, percent) for c in chances if c is not None))
             task, _, label = name.partition("/")
             rows.append({
@@ -215,7 +217,7 @@ def _primary(keys: list[str], lines: list[dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def _figure(out: Path, file: Path, caption: str, name: str = "") -> Figure:
+def _figure(out: Path, file: Path, caption: str, name: str = "", alt: str = "") -> Figure:
     """Refer to a PNG, copying it and its dark twin to out/pictures/NAME unless it lies there. ValueError if missing."""
     if not file.is_file():
         raise ValueError(f"the picture {file} of the report does not exist.")
@@ -230,7 +232,7 @@ def _figure(out: Path, file: Path, caption: str, name: str = "") -> Figure:
             shutil.copyfile(twin, plots.dark_twin(place))
     width, height = (round(side * 100 / plots.DPI) for side in struct.unpack(">II", head[16:]))
     dark = f"pictures/{quote(plots.dark_twin(place).name)}" if twin.is_file() else ""
-    return Figure(f"pictures/{quote(place.name)}", dark, caption, width, height)
+    return Figure(f"pictures/{quote(place.name)}", dark, caption, alt or caption, width, height)
 
 
 def _levels(runs: Sequence[Run]) -> dict[str, list[tuple[str, float]]]:
@@ -257,7 +259,7 @@ def _training(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
                 continue
             path = out / "pictures" / f"train-{key.replace('_', '-')}.png"
             plots.curves(lines, path, title=name, references=levels.get(key, ()), **style)
-            figures.append(_figure(out, path, caption))
+            figures.append(_figure(out, path, caption, alt=f"{name}. {caption}"))
         chapters.append({"id": title.lower(), "title": title, "text": text, "figures": figures})
     return chapters
 
@@ -277,14 +279,15 @@ def _progress(runs: Sequence[Run], out: Path) -> dict[str, Any]:
                 if len(points) > 1:
                     found.append(plots.Line(run.name, [x for x, _ in points], [y for _, y in points], slot))
             if found:
+                head = f"{label or task} · {metric_name(key)}"
                 word = "best constant" if task.startswith("seg") else "chance"
                 path = out / "pictures" / f"eval-{len(figures):02d}.png"
-                plots.curves(found, path, title=f"{label or task} · {metric_name(key)}", unit=task if label else "",
+                plots.curves(found, path, title=head, unit=task if label else "",
                              percent=_is_share(key, [*chances, *(y for line in found for y in line.y)]), kind="points",
                              references=[(word, level) for level in chances[-1:]])
-                figures.append(_figure(out, path, ""))
+                figures.append(_figure(out, path, "", alt=f"{head} over the pairs seen"))
     return {"id": "learning", "title": "Scores during training", "figures": figures,
-            "text": "On pictures held out from it. Dashed: chance, or for segmentation the best constant answer."}
+            "text": "Dashed: chance, or for segmentation the best constant answer."}
 
 
 # ---------------------------------------------------------------- facts
@@ -377,13 +380,24 @@ def build(runs: dict[str, Path], out: Path, sections: Sequence[Section], phases:
                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     html = page.get_template("report.html").render(
         title=title, runs=told, rows=rows, chapters=chapters, contents=contents, sections=extra, total=duration(total),
-        phases=[{"name": name, "time": duration(seconds), "share": 100 * seconds / total if total > 0 else 0.0}
-                for name, seconds in phases],
-        about=_about(told), differences=_differences(told), facts=_facts(told, facts),
-        configs=[json.dumps(to_dict(run.config), indent=2) for run in told], light=plots.LIGHT, dark=plots.DARK)
+        phases=_phases(phases, total, list(runs)), about=_about(told), differences=_differences(told),
+        facts=_facts(told, facts), configs=[json.dumps(to_dict(run.config), indent=2) for run in told],
+        light=plots.LIGHT, dark=plots.DARK)
     path = out / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def _phases(phases: Sequence[tuple[str, float]], total: float, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """Parts of the time bar. Beside several runs, a colour stands for the run that a phase names; others are grey."""
+    told = []
+    for i, (name, seconds) in enumerate(phases):
+        slots = [i] if len(runs) == 1 else [slot for slot, run in enumerate(runs) if run in name]
+        colour = (f"var(--run{slots[0] % len(plots.LIGHT.runs)})" if slots
+                  else f"color-mix(in srgb,var(--muted) {(80, 50, 25)[i % 3]}%,var(--card))")
+        share = 100 * seconds / (total or 1.0)
+        told.append({"name": name, "time": duration(seconds), "share": share, "colour": colour})
+    return told
 
 
 def _section(section: Section, number: int, out: Path) -> dict[str, Any]:

@@ -34,11 +34,13 @@ SHARD = 1000
 VOID = 255
 """Mask value of the backgrounds, which have no class."""
 SEGMENT_SCENES, SEGMENT_CLASSES = 200, 20
-MIN_COVERAGE = 0.35
+MIN_COVERAGE = 0.45
 """Share of its box that a class of the segmentation set must fill: thin drawings make masks of edges."""
 ABSTRACT = re.compile(
-    r"face|flag|button|symbol|sign|arrow|square|circle|heart|moon|hand|finger|cat|monkey|keycap|clock|thirty|diamond|suit"
-    r"|\b(man|men|woman|women|person|people|boy|girl|child|baby|couple|mark|star|worker|fist|thumbs?|elf|fairy|mage|poo)\b"
+    r"face|flag|button|symbol|sign|arrow|square|circle|heart|moon|hand|finger|keycap|clock|thirty|diamond|suit|dash|head|loop|zzz"
+    r"|thought|speech|mark|exclamation|triangle|chart|chains|thumbs|\b(man|men|woman|women|person|people|boy|girl|child|baby)\b"
+    r"|\b(couple|star|worker|fist|elf|fairy|mage|poo|detective|artist|student|teacher|judge|guard|cook|prince|princess|pilot)\b"
+    r"|\b(singer|scientist|farmer|vampire|zombie|genie|ninja|superhero|mechanic|angel|dancer|astronaut|claus|briefs|kiss)\b"
 )
 """Not used as segmentation classes: people, faces, symbols and other drawings that look much alike."""
 
@@ -249,7 +251,7 @@ def _write_classes(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
 
 def segment_classes(concepts: list[Concept], sprites: Sprites) -> list[Concept]:
     """Cross-style concepts with short names that fill their box and, one by one, look least like those chosen before."""
-    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2 and not ABSTRACT.search(c.name)]
+    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2 and not ABSTRACT.search(phrase(c.name).lower())]
     small = {c: cutout(sprites((c.name, "openmoji")).resize((16, 16)), 16) for c in options}
     looks = {c: compose(draw_white(16)[0], [(rgba, 0, 0)])[0].astype(np.float32) for c, rgba in small.items()}
     options = [c for c in options if small[c][..., 3].mean() / 255 >= MIN_COVERAGE]

@@ -22,6 +22,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 LONGEST = 16  # aspect ratio up to which the whole picture is resized before its centre is cut out
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,7 +70,8 @@ def decode(data: bytes, max_pixels: int, at_least: int = 0) -> Tensor:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadSample("too large") from None
     except Exception as error:
-        raise BadSample("truncated" if _ends_early(error) else "damaged") from None
+        early = END_MARKS.get(image.format or "", b"") not in data or "truncated" in str(error).lower()
+        raise BadSample("truncated" if early or isinstance(error, EOFError) else "damaged") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -119,10 +121,6 @@ def _open(data: bytes) -> Image.Image:
         # The header itself is broken. With a known signature it was an image once: most often a download cut short
         webp = data.startswith(b"RIFF") and b"WEBP".startswith(data[8:12])
         raise BadSample("truncated" if webp or data.startswith(SIGNATURES) else "not an image") from None
-
-
-def _ends_early(error: Exception) -> bool:
-    return isinstance(error, EOFError) or "truncated" in str(error).lower()
 
 
 def _upright(image: Image.Image) -> Image.Image:

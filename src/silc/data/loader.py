@@ -64,13 +64,13 @@ class Chunks(Dataset[Batch]):
             made = [self.mixture.read(position, partial(self._sample, position)) for position in range(*span)]
         except ValueError as error:
             return {"error": str(error)}
-        samples = [sample for sample, _, _ in made]
+        samples, idents = [sample for sample, _, _ in made], [ident for _, ident, _ in made]
         names = [name for name in CROP_AXIS if name in samples[0]]
         chunk: Batch = {name: torch.stack([sample[name] for sample in samples], CROP_AXIS[name]) for name in names}
         if "photo" in chunk:
             chunk["photo"] = chunk["photo"].numpy()  # small: cheaper in the message than as shared memory
         bad = [item for _, _, items in made for item in items]
-        return {**chunk, "captions": [s["caption"] for s in samples], "ids": [ident for _, ident, _ in made], "bad": bad}
+        return {**chunk, "captions": [s["caption"] for s in samples], "ids": idents, "bad": bad}
 
     def _sample(self, position: int, data: bytes, captions: list[str], ident: str) -> dict[str, Any]:
         views = self.config.views

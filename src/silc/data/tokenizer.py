@@ -78,10 +78,7 @@ class Tokenizer:
         if isinstance(pieces, SentencePieces):
             self.vocab = pieces.size()
         else:
-            # A file may ask for both; here the rules do it
-            pieces.no_padding()
-            pieces.no_truncation()
-            self.vocab = max(pieces.get_vocab().values(), default=-1) + 1
+            self.vocab = max(pieces.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.seen = self.truncated = 0
         for name, value in (("eos_id", rules.eos_id), ("pad_id", rules.pad_id), ("bos_id", rules.bos_id)):
             if value is not None and not 0 <= value < self.vocab:
@@ -218,9 +215,13 @@ def _locate(path: Path) -> tuple[Path, Path]:
 
 def _read_pieces(file: Path) -> Pieces:
     try:
-        return Pieces.from_str(file.read_text(encoding="utf-8"))
+        pieces = Pieces.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:
         raise ValueError(f"{file} is not a tokenizer.json ({error}).") from None
+    # A file may ask for both; here the rules do it
+    pieces.no_padding()
+    pieces.no_truncation()
+    return pieces
 
 
 def _read_rules(file: Path) -> TextRules:

@@ -18,45 +18,49 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from silc.parallel import World, barrier
+from silc.parallel import World, barrier, whole
 
 TENSORS, FACTS = "state.safetensors", "state.json"
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-INTO = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
 
 
-def collect(task: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def collect(task: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """Every tensor of the run by name, whole and on the CPU; without an optimiser, the task's alone.
     All processes must call."""
-    tensors = {f"task.{k}": v for k, v in get_model_state_dict(task, options=FULL).items()}
+    tensors = {f"task.{name}": tensor for name, tensor in task.state_dict().items()}
     if optimizer is not None:
-        moments = get_optimizer_state_dict(task, optimizer, options=FULL)
-        tensors |= {f"optimizer.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
+        names = {parameter: name for name, parameter in task.named_parameters()}
+        for parameter, moments in optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": moment for key, moment in moments.items()}
         tensors["random.cpu"] = torch.get_rng_state()
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return {name: whole(tensor).detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
 def restore(task: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `collect`, into modules of any sharding. ValueError when the run is of another architecture."""
-
-    def part(prefix: str) -> dict[str, Any]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    try:
-        set_model_state_dict(task, part("task."), options=INTO)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit the model of this config: {error}") from None
-    groups = {k: v for k, v in get_optimizer_state_dict(task, optimizer, options=FULL).items() if "param_groups" in k}
-    set_optimizer_state_dict(task, optimizer, {**groups, **part("optimizer.")}, options=INTO)
+    state = {f"task.{name}": tensor for name, tensor in task.state_dict().items()}
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("task.")}
+    differ = state.keys() ^ saved.keys() | {n for n in state.keys() & saved.keys() if state[n].shape != saved[n].shape}
+    if differ:
+        raise ValueError(f"the checkpoint does not fit the model of this config: {', '.join(sorted(differ)[:3])} ...")
+    for name, tensor in state.items():
+        tensor.copy_(placed(saved[name], tensor))
+    for name, parameter in task.named_parameters():
+        prefix = f"optimizer.{name}."
+        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if moments:
+            optimizer.state[parameter] = {k: placed(v, parameter) if v.ndim else v for k, v in moments.items()}
     torch.set_rng_state(tensors["random.cpu"])
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of another, and sharded as it is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], world: World) -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any, Callable, TextIO
 
@@ -62,15 +63,18 @@ class Log:
             self.file = open(folder / "metrics.jsonl", "a")
             self.mirrors = _mirrors(config.log, config, folder)
 
-    def train(self, step: int, metrics: dict[str, float], lr: float, bad: int) -> None:
-        """One logged step, counted from 1: rates since the last one, the file, the mirrors, the progress line."""
+    def train(self, step: int, metrics: dict[str, float], lr: float, bad: int, ids: list[str]) -> None:
+        """One logged step, counted from 1: rates since the last one, the file, the mirrors, the progress line.
+
+        `ids` of the batch are kept as a checksum, by which two runs can be seen to have met the same samples."""
         now = time.monotonic()
         seconds, done = max(now - self.last, 1e-9), step - self.last_step
         batch = self.config.train.batch
         row: dict[str, Any] = {"kind": "train", "step": step, "samples": step * batch, "time": time.time()}
-        row |= {k: round(v, 6) for k, v in metrics.items()}
+        row |= metrics
         row |= {"lr": lr, "images_per_s": round(done * batch / seconds, 1), "wait": round(self.waited / seconds, 4)}
         row |= {"memory_mb": round(memory_mb()), "bad": bad, "seconds": round(now - self.started, 3)}
+        row["ids_crc"] = f"{zlib.crc32(chr(10).join(ids).encode()):08x}"
         self.last, self.last_step, self.waited = now, step, 0.0
         self.write(row)
         left = (self.steps - step) * (now - self.started) / max(1, step - self.first_step)

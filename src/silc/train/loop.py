@@ -218,7 +218,7 @@ class Run:
                 done, stop = step + 1, bool(asked) or step + 1 == c.steps
                 if done % c.train.log_every == 0 or stop:
                     numbers = self.numbers(metrics)
-                    self.log.train(done, numbers, lr, self.bad.bad)
+                    self.log.train(done, numbers, lr, self.bad.bad, batch["ids"])
                     guard.check(done, numbers)
                 if done % c.train.save_every == 0 or stop:
                     self.save(done)
@@ -269,7 +269,7 @@ class Run:
     def export(self) -> None:
         """Write export/, which silc.load opens, and beside it the heads, teacher and centres for whoever goes on."""
         model = self.whole_model()
-        others = checkpoint.collect(self.task, None)
+        others = checkpoint.collect(self.task)
         if self.world.leads:
             model.save(self.folder / "export", {"recipe": self.config.recipe, "steps": self.config.steps})
             self.tokenizer.save(self.folder / "export")

@@ -1,0 +1,52 @@
+"""Small real things for the tests: drawn pictures with captions, and where real photographs lie if they are here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
+SHAPES = ("circle", "square", "triangle")
+
+
+def draw(colour: str, shape: str, shade: int, size: tuple[int, int] = (56, 48)) -> Image.Image:
+    image = Image.new("RGB", size, (shade, shade, 255 - shade))
+    pen, box = ImageDraw.Draw(image), (12, 8, 44, 40)
+    if shape == "circle":
+        pen.ellipse(box, fill=COLOURS[colour])
+    elif shape == "square":
+        pen.rectangle(box, fill=COLOURS[colour])
+    else:
+        pen.polygon([(12, 40), (44, 40), (28, 8)], fill=COLOURS[colour])
+    return image
+
+
+def write_pairs(folder: Path, copies: int = 5) -> Path:
+    """12 * copies drawings and captions.jsonl with two captions each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+        for copy in range(copies):
+            name = f"{colour}-{shape}-{copy}.png"
+            draw(colour, shape, (i * 37 + copy * 53) % 200).save(folder / name)
+            rows.append({"image": name, "caption": [f"a {colour} {shape}", f"drawing of a {shape} in {colour}"]})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder of real photographs, from SILC_TEST_DATA; skips where it is missing."""
+    folder = Path(os.environ.get("SILC_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real photographs at {folder}: set SILC_TEST_DATA to a folder with caltech101, camvid, coco128")
+    return folder

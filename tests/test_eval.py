@@ -1,0 +1,369 @@
+"""Evaluation tasks with models whose score is known: one that is perfect by construction, one that says nothing.
+
+Gives: tests of silc.eval (all but metrics).
+Used by: pytest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from silc.config import ImageTowerConfig, ModelConfig, PreprocessConfig
+from silc.eval import embed, prompts, protocols, retrieval, run, segment, zeroshot
+
+COLOURS = np.array([(20, 20, 20), (230, 30, 30), (30, 230, 30), (30, 30, 230), (230, 230, 30), (230, 30, 230),
+                    (30, 230, 230), (240, 240, 240)], dtype=np.uint8)
+NAMES = ["black", "red", "green", "blue", "yellow", "magenta", "cyan", "white"]
+
+
+class Oracle(nn.Module):
+    """Knows the eight colours and their names: one axis each. Remembers the batch shapes it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = ModelConfig(image=ImageTowerConfig(image_size=32, patch=8), preprocess=PreprocessConfig(size=32))
+        self.part = nn.Dropout(0.5)
+        self.device, self.scale, self.bias = torch.device("cpu"), torch.tensor([100.0]), None
+        self.shapes: list[tuple[int, ...]] = []
+
+    def axes(self, colours: Tensor) -> Tensor:
+        """Normalised [..., 3] -> [..., 8]."""
+        known = torch.from_numpy(COLOURS).float() / 127.5 - 1
+        return F.one_hot(torch.cdist(colours, known).argmin(-1), len(COLOURS)).float()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        assert not self.part.training and not torch.is_grad_enabled()
+        self.shapes.append(tuple(pixels.shape))
+        return self.axes(pixels.mean((2, 3)))
+
+    def encode_dense(self, pixels: Tensor, readout: str = "auto") -> Tensor:
+        self.shapes.append(tuple(pixels.shape))
+        return self.axes(F.avg_pool2d(pixels, 8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        found = [[i for i, name in enumerate(NAMES) if name in text.split()] for text in texts]
+        blank = torch.full((8,), 8**-0.5)
+        return torch.stack([F.one_hot(torch.tensor(f[0]), 8).float() if f else blank for f in found])
+
+
+class Mute(Oracle):
+    def axes(self, colours: Tensor) -> Tensor:
+        return torch.full((*colours.shape[:-1], 8), 8**-0.5)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return torch.full((len(texts), 8), 8**-0.5)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def solid(index: int, height: int = 20, width: int = 26) -> np.ndarray:
+    return np.broadcast_to(COLOURS[index], (height, width, 3))
+
+
+@pytest.fixture
+def coloured(tmp_path: Path) -> Path:
+    """Three pictures of each of six colours: 18, two more than two batches of eight."""
+    for i in range(6):
+        for j in range(3):
+            save(tmp_path / "set" / NAMES[i] / f"{j}.png", solid(i, 20 + j, 30 - j))
+    (tmp_path / "set" / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES[:6]))
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """Nine pictures, five captions each; the last two pictures are of one colour and share a caption."""
+    rows = []
+    for i in range(9):
+        colour = min(i, 7)
+        save(tmp_path / "set" / f"{i}.png", solid(colour))
+        words = [f"{NAMES[colour]} number {j} of {i}" for j in range(4)] + [f"all {NAMES[colour]}"]
+        rows.append(json.dumps({"image": f"{i}.png", "caption": words}))
+    (tmp_path / "set" / "captions.jsonl").write_text("\n".join(rows))
+    return tmp_path / "set"
+
+
+STRIPES = [(0, 1, 0, 2, 0, 0), (3, 0, 0, 4, 4, 0), (0, 0, 5, 5, 0, 0)]
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Three pictures of vertical stripes, 16 px each, one of them upright, with a void corner."""
+    for i, stripes in enumerate(STRIPES):
+        labels = np.repeat(np.repeat(np.array(stripes)[None], 64, 0), 16, 1)
+        labels = np.repeat(labels[:48, :64], 2, 0) if i == 2 else labels
+        pixels = COLOURS[labels].copy()
+        labels = labels.copy()
+        labels[:9, :9] = 255
+        pixels[:9, :9] = COLOURS[labels[10, 0]]
+        save(tmp_path / "set/images" / f"p{i}.png", pixels)
+        save(tmp_path / "set/masks" / f"p{i}.png", labels)
+    about = {"classes": [["black", "dark"], *[[n] for n in NAMES[1:7]]], "background": True, "void": 255}
+    (tmp_path / "set/classes.json").write_text(json.dumps(about))
+    return tmp_path / "set"
+
+
+# ---------------------------------------------------------------- oracle and mute
+
+
+@pytest.mark.parametrize("batch", [17, 8, 64])
+def test_oracle_classifies_all_and_no_padding_counts(coloured, batch):
+    model = Oracle()
+    result = zeroshot.run(model, coloured, zeroshot.Config(batch=batch))
+    assert result.metrics == {"top1": 1.0, "top5": 1.0, "mean_class_accuracy": 1.0}
+    assert result.details["count"] == 18 and result.details["interval"]["top1"] == (1.0, 1.0)
+    assert set(model.shapes) == {(batch, 3, 32, 32)}, "every batch has one shape"
+    first = result.details["predictions"][4]
+    assert first["path"].endswith("red/1.png") and first["label"] == 1
+    assert first["top"] == [1, 0, 2, 3, 4] and first["cosine"] == [1, 0, 0, 0, 0]
+
+
+def test_mute_classifies_at_chance(coloured):
+    result = zeroshot.run(Mute(), coloured, zeroshot.Config(batch=17))
+    assert result.metrics == pytest.approx(result.chance)
+    assert result.chance["top1"] == pytest.approx(1 / 6) and result.chance["top5"] == pytest.approx(5 / 6)
+
+
+def test_the_sets_templates_are_used_unless_the_caller_has_some(coloured):
+    (coloured / "templates.txt").write_text("a drawing of {}\n")
+    assert zeroshot.run(Oracle(), coloured, zeroshot.Config()).details["templates"] == ["a drawing of {}"]
+    mine = zeroshot.Config(templates=("my {}",))
+    assert zeroshot.run(Oracle(), coloured, mine).details["templates"] == ["my {}"]
+
+
+def test_oracle_retrieves_all_also_where_pictures_share_a_caption(captioned):
+    result = retrieval.run(Oracle(), captioned, retrieval.Config(batch=8, chunk=2, examples=100))
+    # pictures 7 and 8 cannot be told apart: their own captions tie with each other's, the shared one is right for both
+    assert result.metrics["image_to_text_r1"] == pytest.approx(7 / 9)
+    assert result.metrics["text_to_image_r1"] == pytest.approx((35 + 2) / 45)
+    assert result.metrics["text_to_image_r5"] == 1.0
+    assert result.details["captions"] == 45 and result.details["distinct_captions"] == 44
+    shown = {q["text"]: q["found"] for q in result.details["neighbours"]["text_to_image"]}
+    assert len(shown) == 44 and [f["right"] for f in shown["all white"]].count(True) == 2
+    assert all(q["found"][0]["right"] for q in result.details["neighbours"]["image_to_text"][:7])
+
+
+def test_mute_retrieves_at_chance_or_below(captioned):
+    result = retrieval.run(Mute(), captioned, retrieval.Config(batch=8))
+    assert result.chance["text_to_image_r1"] == pytest.approx((43 * 1 / 9 + 2 * 2 / 9) / 45)
+    assert all(result.metrics[key] <= result.chance[key] for key in result.chance)
+    assert set(result.metrics) == set(result.chance)
+
+
+@pytest.mark.parametrize("protocol", ["whole-image", "tcl"])
+def test_oracle_segments_all(masked, protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "PIXELS_AT_ONCE", 20_000)
+    about = json.loads((masked / "classes.json").read_text())
+    (masked / "classes.json").write_text(json.dumps({**about, "background": False}))
+    cfg = segment.Config(protocol=protocol, batch=2, pictures=tmp_path / "out", examples=2)
+    result = segment.run(Oracle(), masked, cfg)
+    assert result.metrics == {"miou": 1.0, "pixel_accuracy": 1.0}
+    assert 0 < result.chance["miou"] < result.chance["pixel_accuracy"] < 1
+    assert [c["iou"] for c in result.details["per_class"]] == [1.0] * 6 + [None]
+    kept = result.details["pictures"]
+    assert [p["index"] for p in kept] == [0, 1]
+    written, truth = np.asarray(Image.open(kept[1]["prediction"])), np.asarray(Image.open(kept[1]["mask"]))
+    assert written.dtype == np.uint8 and (written == truth)[truth != 255].all()
+
+
+def test_tcl_gives_the_background_what_nothing_fits(masked):
+    result = segment.run(Oracle(), masked, segment.Config(protocol="tcl"))
+    # between an object and the background the object's probability outweighs, so its edge grows by half a patch
+    assert result.metrics["pixel_accuracy"] > 0.98 and result.details["per_class"][0]["iou"] > 0.95
+    assert result.details["background"] == "best foreground probability below 0.5"
+    mute = segment.run(Mute(), masked, segment.Config(protocol="tcl"))
+    assert mute.metrics == pytest.approx(mute.chance), "six equal probabilities are below 0.5: all background"
+
+
+def test_mute_segments_as_the_best_constant(masked):
+    result = segment.run(Mute(), masked, segment.Config())
+    assert result.metrics == pytest.approx(result.chance), "black is class 0, the first among equals, and the largest"
+    assert result.details["background"] == "by its names"
+
+
+def test_pictures_of_one_size_share_a_batch(masked):
+    model = Oracle()
+    segment.run(model, masked, segment.Config(batch=2))
+    assert sorted(model.shapes) == [(1, 3, 48, 32), (2, 3, 32, 48)]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_class_embeddings_average_unit_vectors_and_keep_synonyms():
+    class Count(Oracle):
+        def encode_text(self, texts: list[str]) -> Tensor:
+            return torch.tensor([[float(len(t)), float(t.count("a")), 1.0] for t in texts])
+
+    classes, templates = [["cat", "a big cat"], ["dog"]], ["{}", "a {} {x}".replace("{x}", "here"), "aa {}"]
+    expected = []
+    for name in ("cat", "a big cat", "dog"):
+        rows = np.array([[len(t), t.count("a"), 1.0] for t in (p.replace("{}", name) for p in templates)])
+        mean = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(0)
+        expected.append(mean / np.linalg.norm(mean))
+    for batch in (1, 2, 100):
+        found = prompts.class_embeddings(Count(), classes, templates, batch)
+        np.testing.assert_allclose(found.vectors, expected, rtol=1e-5)
+        features = F.normalize(torch.rand(5, 3), dim=1)
+        by_name = features.numpy() @ np.array(expected).T
+        best = np.stack([by_name[:, :2].max(1), by_name[:, 2]], 1)
+        np.testing.assert_allclose(found.scores(features), best, rtol=1e-5)
+
+
+def test_templates_are_checked_with_their_line(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("a {}\n\nno place\n")
+    with pytest.raises(ValueError, match=r"t\.txt, line 3: 'no place'"):
+        prompts.read_templates(path)
+    path.write_text("{} and {}\n")
+    with pytest.raises(ValueError, match="line 1"):
+        prompts.read_templates(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no template"):
+        prompts.read_templates(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        prompts.read_templates(tmp_path / "none")
+    path.write_text("a {}.\n\n{}\n")
+    assert prompts.read_templates(path) == ["a {}.", "{}"]
+
+
+# ---------------------------------------------------------------- dense inference
+
+
+def test_windows_cover_everything_and_end_at_the_border():
+    how = protocols.Protocol("t", window=32, stride=16)
+    assert protocols.windows(32, 70, how) == [(0, 0, 32, 32), (0, 16, 32, 32), (0, 32, 32, 32), (0, 38, 32, 32)]
+    assert protocols.windows(24, 32, how) == [(0, 0, 24, 32)]
+    seen = np.zeros((71, 53), int)
+    for top, left, height, width in protocols.windows(71, 53, how):
+        seen[top : top + height, left : left + width] += 1
+    assert seen.min() >= 1
+    assert protocols.windows(40, 56, protocols.Protocol("whole")) == [(0, 0, 40, 56)]
+
+
+def test_fit_keeps_the_aspect_and_suits_the_patch():
+    config = Oracle().config
+    whole, tcl = protocols.protocol("whole-image"), protocols.protocol("tcl")
+    assert protocols.fit_size(100, 200, whole, config) == (32, 64)
+    assert protocols.fit_size(300, 100, whole, config) == (96, 32)
+    assert protocols.fit_size(10, 10_000, whole, config) == (8, 128), "a strip is bounded by the aspect limit"
+    assert protocols.fit_size(375, 500, tcl, config) == (448, 597), "windows, not the picture, must suit the patch"
+    with pytest.raises(ValueError, match="multiple of the patch"):
+        protocols.encode(Oracle(), torch.zeros(1, 3, 40, 40), dataclasses.replace(tcl, window=36))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_label_map_in_parts_is_the_whole(threshold, monkeypatch):
+    torch.manual_seed(0)
+    how = protocols.Protocol("t", window=16, stride=8)
+    boxes = protocols.windows(24, 35, how)
+    dense = protocols.Dense(F.normalize(torch.randn(len(boxes), 5, 2, 2), dim=1), boxes, (24, 35))
+    names = prompts.ClassEmbeddings(F.normalize(torch.randn(7, 5), dim=1), torch.tensor([1, 1, 2, 3, 3, 3, 4]), 5)
+    maps = torch.zeros(7, 24, 35)
+    for c in range(7):
+        total, count = torch.zeros(24, 35), torch.zeros(24, 35)
+        for one, (y, x, h, w) in zip(dense.features, boxes):
+            low = (one * names.vectors[c][:, None, None]).sum(0)
+            total[y : y + h, x : x + w] += F.interpolate(low[None, None], (h, w), mode="bilinear")[0, 0]
+            count[y : y + h, x : x + w] += 1
+        maps[c] = F.interpolate((total / count)[None, None], (24, 35), mode="bilinear")[0, 0]
+    expected = names.owner[maps.argmax(0)]
+    if threshold:
+        expected[(maps * 3).softmax(0).amax(0) < threshold] = 0
+        assert 0.1 < (expected == 0).float().mean() < 0.9
+    largest, original = [], protocols.cosine_maps
+
+    def spy(*args):
+        largest.append(original(*args))
+        return largest[-1]
+
+    monkeypatch.setattr(protocols, "cosine_maps", spy)
+    for parts in (1, 2, 7):
+        monkeypatch.setattr(protocols, "PIXELS_AT_ONCE", 24 * 35 * -(-7 // parts))
+        largest.clear()
+        assert (protocols.label_map(dense, names, 24, 35, threshold, 3.0) == expected).float().mean() > 0.999
+        assert len(largest) == parts and max(m.shape[0] for m in largest) == -(-7 // parts)
+
+
+def test_a_threshold_needs_two_foreground_classes():
+    with pytest.raises(ValueError, match="two foreground"):
+        protocols.foreground([["background"], ["cat"]], True, protocols.protocol("tcl"))
+    assert protocols.foreground([["sky"], ["cat"]], False, protocols.protocol("tcl")) == [["sky"], ["cat"]]
+
+
+# ---------------------------------------------------------------- embed
+
+
+def test_every_module_keeps_its_mode_even_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model.train()
+    model[1].eval()
+    with pytest.raises(RuntimeError), embed.evaluating(model):
+        assert not model[0].training
+        raise RuntimeError
+    assert model.training and model[0].training and not model[1].training and torch.is_grad_enabled()
+
+
+def test_progress_speaks_only_when_it_takes_long(capsys):
+    slow, fast = embed.Progress("slow", 10, patience=0), embed.Progress("fast", 10)
+    for bar in (slow, fast):
+        bar.add(4)
+        bar.add(6)
+    said = capsys.readouterr().err
+    assert "slow: 4/10 images" in said and "slow: 10/10" in said and "s left" in said and "fast" not in said
+
+
+# ---------------------------------------------------------------- run
+
+
+def test_evaluate_write_and_table(coloured, tmp_path, request):
+    coloured = coloured.rename(tmp_path / "colours")
+    masked = request.getfixturevalue("masked")
+    assert {"zeroshot", "retrieval", "segment"} <= set(run.find_tasks()) and "run" not in run.find_tasks()
+    model = Oracle()
+    model.train()
+    results = run.evaluate(model, {"zeroshot/colours": coloured, "segment": str(masked)}, tmp_path / "pictures",
+                           {"zeroshot": zeroshot.Config(batch=5), "segment": segment.Config(examples=1)})
+    assert model.part.training
+    assert [r.metrics["top1" if "top1" in r.metrics else "miou"] for r in results.values()] == [1.0, 1.0]
+    assert len(list((tmp_path / "pictures/segment").glob("*.png"))) == 1
+    assert model.shapes[0][0] == 5
+    text = run.table(results)
+    assert "| zeroshot/colours | top1 | 100.00 | 100.00 – 100.00 | 16.67 | 18 |" in text
+    paths = run.write(results, tmp_path / "json", {"model": "oracle"})
+    assert [p.name for p in paths] == ["zeroshot-colours.json", "segment.json"]
+    data = json.loads(paths[1].read_text())
+    assert data["metrics"]["miou"] == 1.0 and data["about"] == {"model": "oracle"} and data["versions"]["torch"]
+    assert data["details"]["protocol"]["name"] == "whole-image" and data["details"]["preprocess"]["size"] == 32
+    with pytest.raises(ValueError, match="one file"):
+        run.write({"a/b": results["segment"], "a-b": results["segment"]}, tmp_path, {})
+
+
+def test_an_unknown_task_names_the_nearest_before_anything_runs(coloured):
+    model = Oracle()
+    with pytest.raises(ValueError, match="'zeroshot'"):
+        run.evaluate(model, {"zeroshot": coloured, "zerosho/x": coloured})
+    with pytest.raises(ValueError, match="'whole-image'"):
+        protocols.protocol("whole-imge")
+    assert not model.shapes
+
+
+def test_fingerprint_knows_a_changed_weight():
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    assert run.fingerprint(one) == run.fingerprint(two)
+    with torch.no_grad():
+        two.weight[0, 0] += 1e-3
+    assert run.fingerprint(one) != run.fingerprint(two)

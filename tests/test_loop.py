@@ -1,0 +1,249 @@
+"""A run as its user sees it: it learns, says what it does, survives being killed, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import silc
+from silc.cli import main
+
+QUICK = ("--train.samples", "640", "--train.save-every", "10", "--train.log-every", "1", "--train.threads", "1")
+
+
+def command(pairs: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "mu", "--data.sources", str(pairs), "--out", str(out), *QUICK, *more]
+
+
+def rows(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def story(out: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on an interruption: step, every loss term, norm, samples met."""
+    keys = ("step", "loss", "contrast", "distill", "masked", "grad_norm", "teacher_entropy", "logit_scale", "ids_crc")
+    return [tuple(row[k] for k in keys) for row in rows(out)]
+
+
+def refused(capsys: pytest.CaptureFixture[str], args: list[str], *words: str, status: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    said = capsys.readouterr().err
+    assert stop.value.code == status, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run of 40 steps."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    main(command(pairs, out, "--eval.sets", "retrieval", str(pairs), "--eval.every", "15"))
+    return out
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    told = rows(finished)
+    assert [row["step"] for row in told] == list(range(1, 41))
+    assert told[-1]["contrast"] < told[0]["contrast"]
+    for key in ("images_per_s", "wait", "memory_mb", "lr", "prototype_use", "seconds"):
+        assert key in told[-1]
+    evals = rows(finished, "eval")
+    assert [row["step"] for row in evals] == [0, 15, 30, 40]
+    assert evals[0]["set"] == "retrieval" and "text_to_image_r1" in evals[0]["chance"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["recipe"] == "mu" and config["train"]["samples"] == 640
+    assert json.loads((finished / "env.json").read_text())["torch"] == torch.__version__
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+    exported = {p.name for p in (finished / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "training.safetensors"} <= exported
+
+
+def test_the_export_loads_and_knows_its_texts(finished: Path) -> None:
+    model = silc.load(finished)
+    with torch.no_grad():
+        text = model.encode_text(["a red circle", "a blue square"])
+        image = model.encode_image(torch.zeros(1, 3, 32, 48))
+        maps = model.patch_text_map(torch.zeros(1, 3, 32, 48), ["a red circle"])
+    assert text.shape == (2, 32) and image.shape == (1, 32) and maps.shape == (1, 1, 32, 48)
+    torch.testing.assert_close(text.norm(dim=-1), torch.ones(2))
+    assert not torch.equal(text[0], text[1])
+
+
+def test_the_same_command_again_changes_nothing(finished: Path, pairs: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    main(command(pairs, finished, "--eval.sets", "retrieval", str(pairs), "--eval.every", "15"))
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def launch(args: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "silc", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ}
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        metrics = out / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count('"kind": "train"') >= step:
+            return
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    raise AssertionError("the run did not get there in two minutes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_in_mid_run_it_goes_on_bit_for_bit(finished: Path, pairs: Path, tmp_path: Path, workers: str) -> None:
+    args = command(pairs, tmp_path / "run", "--data.workers", workers)
+    process = launch(args)
+    wait_for_step(tmp_path / "run", 14, process)
+    process.kill()
+    process.wait()
+    assert 10 <= len(rows(tmp_path / "run")) < 40
+    assert launch(args).wait() == 0
+    assert story(tmp_path / "run") == story(finished)
+    a, b = (folder / "export" / "model.safetensors" for folder in (finished, tmp_path / "run"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_saves_and_goes_on(finished: Path, pairs: Path, tmp_path: Path) -> None:
+    args = command(pairs, tmp_path / "run", "--train.save-every", "1000", "--data.workers", "1")
+    process = launch(args)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 75 and "stopped by SIGTERM" in said and "Traceback" not in said
+    assert launch(args).wait() == 0
+    assert story(tmp_path / "run") == story(finished)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    finished: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    main(command(pairs, out, "--train.save-every", "15", "--train.keep", "3"))
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    with open(newest / "state.safetensors", "r+b") as file:
+        file.truncate(1000)
+    main(command(pairs, out, "--train.save-every", "15", "--train.keep", "3"))
+    said = capsys.readouterr().err
+    assert "damaged" in said and "Falling back" in said and "resuming at step 30" in said
+    assert story(out) == story(finished)
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from silc.train import checkpoint
+
+    out = tmp_path / "run"
+    real, calls = checkpoint.save_file, []
+
+    def crash(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        real(tensors, path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", crash)
+    with pytest.raises(SystemExit):
+        main(command(pairs, out))
+    assert [p.name for p in checkpoint.steps(out / "checkpoints")] == ["step-00000010", "step-00000020"]
+    found = checkpoint.latest(out / "checkpoints")
+    assert found is not None and found[1]["step"] == 20
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = command(pairs, tmp_path / "run", "--eval.sets", "retrieval", str(tmp_path / "nowhere"))
+    main([*args, "--train.samples", "64"])
+    assert "failed" in capsys.readouterr().err
+    assert len(rows(tmp_path / "run")) == 4
+
+
+def test_the_teacher_and_centre_are_in_the_checkpoint(finished: Path) -> None:
+    from silc.train import checkpoint
+
+    tensors, facts = checkpoint.load(checkpoint.steps(finished / "checkpoints")[-1])
+    assert facts["step"] == 40 and facts["position"] == 640
+    assert tensors["task.view_centre"].abs().sum() > 0
+    teacher, student = tensors["task.teacher.image.patch.weight"], tensors["task.student.model.image.patch.weight"]
+    assert not torch.equal(teacher, student)
+    assert any(k.startswith("optimizer.") for k in tensors)
+
+
+def test_tensorboard_mirrors_the_numbers(pairs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    main(command(pairs, tmp_path / "run", "--log.tensorboard", "--train.samples", "64"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [round(e.value, 4) for e in events.Scalars("train/loss")] == [round(r["loss"], 4) for r in rows(tmp_path / "run")]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_unknown_words_name_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    refused(capsys, ["trian"], "'train'")
+    refused(capsys, ["train", "silk"], "no recipe 'silk'", "'silc'")
+    refused(capsys, ["train", "mu", "--optim.lrr", "1"], "--optim.lr")
+    refused(capsys, ["train", "mu", "--objective.kind", "sofmax"], "softmax")
+    bad = tmp_path / "c.json"
+    bad.write_text('{"optim": {"learning_rate": 1}}')
+    refused(capsys, ["train", str(bad)], "unknown key 'optim.learning_rate'")
+
+
+def test_folders_that_are_not_this_run_are_left_alone(
+    finished: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(capsys, command(pairs, tmp_path), "not empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    said = refused(capsys, command(pairs, finished, "--optim.lr", "0.5"), "other settings", "optim.lr")
+    assert "0.002 -> 0.5" in said
+
+
+def test_settings_that_cannot_work(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", "mu", "--out", str(tmp_path / "a")], "no training data")
+    refused(capsys, command(pairs, tmp_path / "b", "--train.accumulate", "3"), "not a multiple")
+    refused(capsys, command(pairs, tmp_path / "c", "--objective.kind", "sigmoid"), "needs a bias")
+    refused(capsys, command(pairs, tmp_path / "d", "--train.device", "cuda"), "no GPU") if not torch.cuda.is_available() else None
+    refused(capsys, command(tmp_path / "nowhere", tmp_path / "e"), "nowhere")
+
+
+def test_too_many_bad_pictures_stop_the_run(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "data"
+    shutil.copytree(pairs, bad)
+    for victim in sorted(bad.glob("red-*.png")):
+        victim.write_bytes(b"<html>not found</html>")
+    said = refused(capsys, command(bad, tmp_path / "run"), "samples are bad", "not an image", "bad_samples.jsonl")
+    assert "red-" in said
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert listed and all(item["cause"] == "not an image" and "red-" in item["id"] for item in listed)
+
+
+def test_a_few_bad_pictures_are_skipped_and_counted(pairs: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "data"
+    shutil.copytree(pairs, bad)
+    (bad / "red-circle-0.png").write_bytes(b"")
+    main(command(bad, tmp_path / "run"))
+    assert rows(tmp_path / "run")[-1]["bad"] > 0 and len(rows(tmp_path / "run")) == 40
