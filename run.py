@@ -1,8 +1,8 @@
 """One command from a fresh clone: makes .venv, installs what the command needs, runs it. Needs only Python 3.11+.
 
-    python3 run.py quickstart [options]    the main job: train, evaluate, report
-    python3 run.py test [pytest options]   lint, types and all tests
-    python3 run.py silc VERB [options]     any other silc command
+python3 run.py quickstart [options]    the main job: train, evaluate, report
+python3 run.py test [pytest options]   lint, types and all tests
+python3 run.py silc VERB [options]     any other silc command
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test(options: list[str]) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  an older one can read this file
         raise SystemExit(f"silc needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
     if len(sys.argv) < 2 or sys.argv[1] not in EXTRAS:
         raise SystemExit((__doc__ or "").strip())

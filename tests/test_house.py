@@ -61,9 +61,9 @@ def test_imports_point_one_way(path: Path) -> None:
     for other in imports(path) - {""}:
         if layer(other) == mine and other != name:
             same_room = other.split(".")[0] == name.split(".")[0]
-            assert mine in (4, 5) or (same_room and not (mine == 3 and name.startswith("eval") and name != "eval.run")), (
-                f"{name} imports its neighbour {other}"
-            )
+            assert mine in (4, 5) or (
+                same_room and not (mine == 3 and name.startswith("eval") and name != "eval.run")
+            ), f"{name} imports its neighbour {other}"
         assert layer(other) <= mine, f"{name} (layer {mine}) imports {other} (layer {layer(other)})"
         assert not (name.startswith("eval") and other.startswith("train")), "evaluation never needs training"
         assert {name.split(".")[0], other.split(".")[0]} != {"model", "data"}, "model and data do not know each other"

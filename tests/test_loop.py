@@ -196,7 +196,9 @@ def test_tensorboard_mirrors_the_numbers(pairs: Path, tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [round(e.value, 4) for e in events.Scalars("train/loss")] == [round(r["loss"], 4) for r in rows(tmp_path / "run")]
+    assert [round(e.value, 4) for e in events.Scalars("train/loss")] == [
+        round(r["loss"], 4) for r in rows(tmp_path / "run")
+    ]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -226,7 +228,9 @@ def test_settings_that_cannot_work(pairs: Path, tmp_path: Path, capsys: pytest.C
     refused(capsys, ["train", "mu", "--out", str(tmp_path / "a")], "no training data")
     refused(capsys, command(pairs, tmp_path / "b", "--train.accumulate", "3"), "not a multiple")
     refused(capsys, command(pairs, tmp_path / "c", "--objective.kind", "sigmoid"), "needs a bias")
-    refused(capsys, command(pairs, tmp_path / "d", "--train.device", "cuda"), "no GPU") if not torch.cuda.is_available() else None
+    refused(
+        capsys, command(pairs, tmp_path / "d", "--train.device", "cuda"), "no GPU"
+    ) if not torch.cuda.is_available() else None
     refused(capsys, command(tmp_path / "nowhere", tmp_path / "e"), "nowhere")
 
 

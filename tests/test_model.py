@@ -36,7 +36,8 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         scale = p[0].numel() ** -0.5 if p.dim() > 1 else 0.3
-        p.data = torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and "weight" in name else 0.0)
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        p.data = torch.randn(p.shape, generator=generator) * scale + centre
 
 
 def tiny(image_pool: str = "map", **text: Any) -> Silc:
@@ -291,7 +292,7 @@ def test_the_position_table_is_untouched_at_its_own_size() -> None:
 def test_resizing_keeps_constants_and_the_axes_in_place(side: int, height: int, width: int) -> None:
     resized = resize_grid(torch.full((side, side, 2), 3.0), height, width)
     assert resized.shape == (height, width, 2) and close(resized, torch.full_like(resized, 3.0))
-    down = torch.linspace(-1, 1, side)[:, None, None].expand(side, side, 2)  # changes from row to row only
+    down = torch.linspace(1, 3, side)[:, None, None].expand(side, side, 2)  # changes from row to row only
     resized = resize_grid(down, height, width)
     assert close(resized, resized[:, :1].expand_as(resized), 1e-4)
     assert height == 1 or resized[-1, 0, 0] > resized[0, 0, 0]
@@ -342,7 +343,8 @@ def test_the_value_path_is_the_block_on_each_token_alone() -> None:
 
 
 def planted(flip: bool = False) -> Silc:
-    """A model set by hand: patch features are the mean red, green and blue; texts 5 and 6 say red and blue, or the reverse."""
+    """A model set by hand: a patch's features are its mean red, green and blue; token 5 says red and 6 blue, or, with
+    flip, the reverse."""
     image = ImageTowerConfig(16, PATCH, 4, 0, 1, 4, "mean", proj="linear")
     text = TextTowerConfig(vocab=8, length=3, width=4, depth=0, heads=1, mlp=4, proj="linear")
     model = Silc(ModelConfig(image, text, embed_dim=4)).eval()
@@ -404,7 +406,8 @@ def test_texts_go_through_the_attached_tokenizer() -> None:
 
 def test_a_new_model_starts_as_the_formulas_say() -> None:
     torch.manual_seed(0)
-    model = Silc(ModelConfig(ImageTowerConfig(32, 8, 96, 2, 3, 200), TextTowerConfig(50, 16, 96, 2, 3, 200), embed_dim=96))
+    image, text = ImageTowerConfig(32, 8, 96, 2, 3, 200), TextTowerConfig(50, 16, 96, 2, 3, 200)
+    model = Silc(ModelConfig(image, text, embed_dim=96))
     for name, p in model.named_parameters():
         assert p.isfinite().all(), name
         if name.endswith("bias") and "logit" not in name:
@@ -495,7 +498,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not written by silc"),
     "foreign config": (lambda f: (f / "config.json").write_text('{"model_type": "clip"}'), "not written by silc"),
-    "config without model": (edit(lambda d: d.pop("model")), "model"),
+    "config without model": (edit(lambda d: d.pop("model")), "not written by silc"),
     "unknown setting": (edit(lambda d: d["model"]["image"].update(widht=3)), "widht.*'width'"),
     "another depth": (edit(lambda d: d["model"]["image"].update(depth=2)), "do not fit"),
     "another width": (edit(lambda d: d["model"]["text"].update(mlp=21)), "do not fit"),

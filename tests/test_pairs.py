@@ -314,7 +314,7 @@ def test_locations_that_cannot_be_opened(tmp_path):
             open_source(str(tmp_path / name), CFG)
         assert type(caught.value) is ValueError and "\n" not in str(caught.value)
     for location in ("nonsense://x/y.tar", ""):
-        with pytest.raises(ValueError, match="^data: "):
+        with pytest.raises(ValueError, match=r"^data: "):
             open_source(location, CFG)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from silc import losses, recipes
-from silc.config import Config, ObjectiveConfig, Term
+from silc.config import Config, Term
 from silc.data.images import normalise
-from silc.model.silc import Silc
 from silc.parallel import World
 from silc.train.loop import build
 from silc.train.optim import clip_and_step
@@ -79,7 +77,9 @@ def test_every_recipe_takes_a_step_and_reports_its_terms(name: str) -> None:
     task.after_step(0)
     expected = {"contrast"} | {n for n in ("distill", "masked") if getattr(o, n).weight > 0}
     assert expected <= out.keys() and all(v.isfinite() for v in out.values())
-    by_hand = sum({"contrast": o.contrast, "distill": o.distill, "masked": o.masked}[n].weight * out[n] for n in expected)
+    by_hand = sum(
+        {"contrast": o.contrast, "distill": o.distill, "masked": o.masked}[n].weight * out[n] for n in expected
+    )
     torch.testing.assert_close(out["loss"], by_hand)
     assert ("logit_bias" in dict(task.model.named_parameters())) == (o.kind == "sigmoid")
 
@@ -149,7 +149,9 @@ def test_a_term_starts_when_it_should_from_that_days_student() -> None:
     task, optimizer = build(c, ALONE)
     assert "distill" not in step(task, optimizer, 0) and "distill" not in step(task, optimizer, 1)
     for name, p in task.teacher.named_parameters():
-        torch.testing.assert_close(p, dict(task.student.named_parameters())[f"model.{name}" if name.startswith("image") else name])
+        torch.testing.assert_close(
+            p, dict(task.student.named_parameters())[f"model.{name}" if name.startswith("image") else name]
+        )
     assert "distill" in step(task, optimizer, 2)
 
 
@@ -212,7 +214,11 @@ def worker(rank: int, world: int, port: int, shard: int, kinds: list[dict[str, o
             out = task.forward_backward(batch, n)
             if n == 0:
                 seen |= {f"grad.{k}": parallel.whole(g) for k, g in gradients(task).items()}
-            seen |= {f"{n}.{k}": parallel.mean(v, place) for k, v in out.items() if k in ("loss", "contrast", "distill", "masked")}
+            seen |= {
+                f"{n}.{k}": parallel.mean(v, place)
+                for k, v in out.items()
+                if k in ("loss", "contrast", "distill", "masked")
+            }
             clip_and_step(task.student.parameters(), optimizer, 1.0)
             task.after_step(n)
         seen |= {f"after.{k}": parallel.whole(v) for k, v in task.state_dict().items()}
@@ -222,7 +228,9 @@ def worker(rank: int, world: int, port: int, shard: int, kinds: list[dict[str, o
     parallel.stop()
 
 
-def run_worlds(folder: Path, world: int, shard: int, kinds: list[dict[str, object]], port: int) -> list[dict[str, torch.Tensor]]:
+def run_worlds(
+    folder: Path, world: int, shard: int, kinds: list[dict[str, object]], port: int
+) -> list[dict[str, torch.Tensor]]:
     mp.spawn(worker, (world, port, shard, kinds, str(folder)), nprocs=world)
     return [torch.load(folder / f"{world}-{shard}-{i}.pt", weights_only=True) for i in range(len(kinds))]
 
@@ -235,7 +243,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-KINDS: list[dict[str, object]] = [{}, {"kind": "sigmoid", "teacher": "head", "global_to_global": True}, {"accumulate": 2}]
+KINDS: list[dict[str, object]] = [
+    {},
+    {"kind": "sigmoid", "teacher": "head", "global_to_global": True},
+    {"accumulate": 2},
+]
 
 
 @pytest.mark.slow
@@ -251,7 +263,8 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_number_of_processes(
             out = task.forward_backward(batch_of(c, n), n)
             if n == 0:
                 for name, g in gradients(task).items():
-                    torch.testing.assert_close(found[f"grad.{name}"], g, rtol=1e-4, atol=1e-6)
+                    slack = 1e-5 * g.abs().max().item() + 1e-6
+                    torch.testing.assert_close(found[f"grad.{name}"], g, rtol=1e-4, atol=slack)
             for k in ("loss", "contrast", "distill", "masked"):
                 torch.testing.assert_close(found[f"{n}.{k}"], out[k], rtol=2e-4, atol=1e-4)
             clip_and_step(task.student.parameters(), optimizer, 1.0)

@@ -7,9 +7,9 @@ Used by: the `silc` script, `python -m silc`, `torchrun -m silc`.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Callable
+from typing import Annotated, Any
 
 import tyro
 
@@ -135,7 +135,7 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb. User errors end with one sentence on stderr and status 2, a guard's stop with 1, never a traceback."""
+    """Run one verb. A user error ends with one sentence on stderr and status 2, a guard's stop with 1."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         print(OVERVIEW.format(verbs=_table({n: (f.__doc__ or "").split("\n")[0] for n, f in VERBS.items()})))

@@ -12,9 +12,10 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 T = TypeVar("T")
@@ -137,7 +138,7 @@ class ObjectiveConfig:
     teacher: Literal["full", "head"] = "full"
     """`full`: EMA copy of tower and head; `head`: EMA of the head only on the student's own features (TIPSv2)."""
     momentum: float = 0.966
-    """EMA momentum at a batch of `momentum_batch`; fixed over the run, scaled to the batch as m^(batch/momentum_batch)."""
+    """EMA momentum at a batch of `momentum_batch`; fixed, and scaled to the batch as m^(batch / momentum_batch)."""
     momentum_batch: int = 16384
     teacher_temp: float = 0.04
     student_temp: float = 0.1
@@ -161,7 +162,7 @@ class ViewsConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ()
-    """Where the pairs are: a folder, a .csv/.jsonl/.parquet file, or tar shards (`name-{0000..0099}.tar`); local or any fsspec URL."""
+    """Folders, .csv/.tsv/.jsonl/.parquet files, or tar shards (`name-{0000..0099}.tar`); local or any fsspec URL."""
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture; empty: in proportion to their sizes."""
     image_key: str = "image"
@@ -247,7 +248,7 @@ class Config:
 
     @property
     def ema_momentum(self) -> float:
-        """EMA momentum at this run's batch: m^(batch / momentum_batch), so that the teacher's memory in samples stays."""
+        """EMA momentum at this run's batch: the teacher remembers as many samples as at `momentum_batch`."""
         return float(self.objective.momentum ** (self.train.batch / self.objective.momentum_batch))
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shapes: B local batch, M global batch (M = B in one process), D shared space, K prototypes, S/T student/teacher views, N patches.
+# Shapes: B local batch, M global batch (M = B in one process), D shared space, K prototypes,
+# S/T student/teacher views, N patches.
 
 
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int = 0) -> Tensor:
@@ -36,7 +37,7 @@ def softmax_contrastive(
 ) -> Tensor:
     """CLIP's loss (SILC section 3.1): choose the right text for an image and the right image for a text.
 
-    image, text [B, D] are this process's rows, all_image, all_text [M, D] everybody's, all L2-normalised. In plain words:
+    image, text [B, D] are this process's rows, all_image, all_text [M, D] everybody's, all L2-normalised. In words:
 
         for i in range(B):
             loss += cross_entropy(scale * image[i] @ all_text.T, offset + i) / (2 * B)
@@ -49,7 +50,7 @@ def softmax_contrastive(
 
 
 def teacher_probs(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
-    """Centred and sharpened targets: softmax((logits - centre) / temp) over K, in fp32, without gradient (DINO, eq. 1)."""
+    """Centred and sharpened targets: softmax((logits - centre) / temp) over K, fp32, no gradient (DINO, eq. 1)."""
     return ((logits.detach().float() - centre) / temp).softmax(-1)
 
 

@@ -7,8 +7,9 @@ Used by: train/*; the only file that knows how many processes there are.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(device: str = "auto", shard: int = 1) -> World:
-    """Join the processes that torchrun started (one, where it did not). `shard` of them share one copy of the weights."""
+    """Join the processes that torchrun started, if it did. `shard` of them share one copy of the weights."""
     place, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         if shard != 1:
@@ -60,13 +61,26 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+class Gather(torch.autograd.Function):
+    """All-gather along the first axis whose backward sums what every process found for my rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        everybody = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(everybody, x.contiguous())
+        return everybody
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        mine = grad.new_empty(ctx.rows, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, grad.contiguous())
+        return mine
+
+
 def gather(x: Tensor, world: World) -> Tensor:
     """[B, ...] of every process, in rank order -> [size * B, ...]; gradients flow back to their owners."""
-    if world.size == 1:
-        return x
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
-
-    return all_gather_tensor_autograd(x.contiguous(), 0, dist.group.WORLD)  # type: ignore[arg-type]
+    return x if world.size == 1 else cast(Tensor, Gather.apply(x))
 
 
 def mean(x: Tensor, world: World) -> Tensor:

@@ -66,5 +66,7 @@ def flops_per_sample(config: Config) -> Flops:
     view_head = head_macs(o.prototypes, m.embed_dim)
     patch_head = head_macs(o.prototypes, m.image.width) * patches
     student += on_d * (v.locals * local + learners * view_head) + on_m * (global_ + patch_head)
-    teacher = on_d * v.globals * view_head + on_m * patch_head + (on * v.globals * global_ if o.teacher == "full" else 0)
+    teacher = (
+        on_d * v.globals * view_head + on_m * patch_head + (on * v.globals * global_ if o.teacher == "full" else 0)
+    )
     return Flops(2 * 3 * student, 2 * teacher)

@@ -124,7 +124,10 @@ class Predictor:
         return answers
 
     def heatmap(
-        self, image: Picture, texts: Sequence[str], templates: Sequence[str] = ("{}",),
+        self,
+        image: Picture,
+        texts: Sequence[str],
+        templates: Sequence[str] = ("{}",),
         how: Protocol | str = "whole-image",
     ) -> Tensor:
         """Cosine of every pixel with every text: float32 [T, H, W] at the picture's own size, aspect kept.
@@ -139,8 +142,12 @@ class Predictor:
         return maps.cpu().clone()
 
     def segment(
-        self, image: Picture, labels: Sequence[str], templates: Sequence[str] | None = None,
-        how: Protocol | str = "whole-image", background: float | None = None,
+        self,
+        image: Picture,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        how: Protocol | str = "whole-image",
+        background: float | None = None,
     ) -> Tensor:
         """Index of the best label at every pixel: int64 [H, W] at the picture's own size, aspect kept.
 
@@ -157,9 +164,11 @@ class Predictor:
         pixels = as_image(image)
         with evaluating(self.model):
             scale = float(self.model.scale)
-            return label_map(
-                self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale
-            ).cpu().clone()
+            return (
+                label_map(self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale)
+                .cpu()
+                .clone()
+            )
 
     def _dense(self, pixels: Tensor, how: Protocol) -> Dense:
         cfg = self.model.config.preprocess

@@ -1,7 +1,7 @@
 """The embedded main job: a small real corpus, a SILC run on any CPU, five evaluations, and a report with pictures.
 
 Gives: quickstart.
-Used by: cli.py. Everything here goes through the same rooms as a user's own run: shards in, labelled folders in, report out.
+Used by: cli.py. It takes the same ways as a user's own run: shards in, labelled folders in, report out.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -73,7 +74,10 @@ def quickstart(
     with phase(phases, "Report: plots, retrieved pictures, patch-text maps"):
         sections = [cost_section(plans, runs)] if compare else []
         for name, folder in runs.items():
-            sections += [retrieval_section(name, results[name], folder), maps_section(name, corpus, load(folder), folder)]
+            sections += [
+                retrieval_section(name, results[name], folder),
+                maps_section(name, corpus, load(folder), folder),
+            ]
         facts = [("Training scenes", f"{scenes:,}"), ("Corpus", str(corpus.folder))]
         title = "SILC and CLIP on composed scenes" if compare else "SILC on composed scenes"
         # drawn twice so that the page can tell the time of its own drawing
@@ -119,8 +123,19 @@ def cost_section(plans: dict[str, Config], runs: dict[str, Path]) -> Section:
     for name, config in plans.items():
         per_pair, run = plan.flops_per_sample(config).total, report.read_run(name, runs[name])
         pairs = config.steps * config.train.batch
-        rows.append((name, f"{pairs:,}", f"{per_pair / 1e6:.0f}", f"{pairs * per_pair / 1e12:.1f}", report.duration(run.seconds)))
-    text = "Equal samples are not equal compute: SILC also pays for the local views and the prototypes. FLOPs are counted from shapes."
+        rows.append(
+            (
+                name,
+                f"{pairs:,}",
+                f"{per_pair / 1e6:.0f}",
+                f"{pairs * per_pair / 1e12:.1f}",
+                report.duration(run.seconds),
+            )
+        )
+    text = (
+        "Equal samples are not equal compute: SILC also pays for local views and prototypes. "
+        "FLOPs are counted from shapes."
+    )
     return Section("Cost", text, table=(("Run", "Pairs seen", "MFLOP a pair", "TFLOP in all", "Training time"), rows))
 
 
@@ -130,8 +145,13 @@ def retrieval_section(name: str, results: dict[str, Result], folder: Path) -> Se
     chosen = found[:: max(1, len(found) // QUERIES)][:QUERIES]
     rows = [[(_rgb(hit["path"]), hit["right"], hit["cosine"]) for hit in query["found"]] for query in chosen]
     path = plots.retrieval_grid([query["text"] for query in chosen], rows, folder / "eval" / "retrieved.png")
-    text = "Each name, and the five drawings nearest to it among all of the held-out style. Queries are evenly spaced, not picked."
-    return Section(f"{name}: retrieved drawings", text, [(path, "A tick marks the right drawing; numbers are cosines.")])
+    text = (
+        "Each name, and the five drawings nearest to it among all of the held-out style. "
+        "Queries are evenly spaced, not picked."
+    )
+    return Section(
+        f"{name}: retrieved drawings", text, [(path, "A tick marks the right drawing; numbers are cosines.")]
+    )
 
 
 def maps_section(name: str, corpus: Corpus, model: Silc, folder: Path) -> Section:
@@ -141,7 +161,8 @@ def maps_section(name: str, corpus: Corpus, model: Silc, folder: Path) -> Sectio
     path = plots.map_grid([map_row(model, data, i) for i in spaced], folder / "eval" / "maps.png")
     text = (
         "Held-out scenes: cosine of each patch with the name of each object in the scene; then the prediction over all "
-        f"{len(data.classes)} class names, and the true mask. No mask was seen in training. Scenes are evenly spaced, not picked."
+        f"{len(data.classes)} class names, and the true mask. No mask was seen in training. "
+        "Scenes are evenly spaced, not picked."
     )
     return Section(f"{name}: patch-text maps", text, [(path, "Maps of one scene share a colour scale.")])
 

@@ -61,7 +61,7 @@ def silc_s() -> Config:
 def siglip2_style() -> Config:
     """SigLIP 2's terms, without its captioning decoder: sigmoid, then distillation and masking in the last 20%.
 
-    The text loss reads the original image; the other two read one augmented global view, weighted as published for B."""
+    The text loss reads the original image, the other two one augmented global view; weights as published for B."""
     base = silc_s()
     objective = replace(
         base.objective, contrast_views="original", distill=Term(0.25, 0.8), masked=Term(0.0625, 0.8), mask_ratio=0.5

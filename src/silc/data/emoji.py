@@ -1,6 +1,8 @@
-"""The embedded corpus of the quickstart: emoji of two drawing styles, composed into captioned scenes and evaluation sets.
-Gives: `build` -> `Corpus` (training shards, five evaluation sets), `training_scene` and `segment_classes`.
-Used by: quickstart. Art comes from pip packages and is rendered on the user's machine; nothing is downloaded or shipped."""
+"""The embedded corpus of the quickstart: emoji in two drawing styles, composed into captioned scenes.
+
+Gives: `build` -> `Corpus` (training shards, five evaluation sets), `training_scene`, `segment_classes`.
+Used by: quickstart. The art comes from pip packages and is rendered on the user's machine; none is shipped.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from silc.data.drawings import FORMAT, Concept, Say, Sprites, find_concepts, load_drawings, render, spread, trim, versions
+from silc.data.drawings import (
+    FORMAT,
+    Concept,
+    Say,
+    Sprites,
+    find_concepts,
+    load_drawings,
+    render,
+    spread,
+    trim,
+    versions,
+)
 from silc.data.scenes import HELD_OUT, Cutout, Pick, Pixels, Scene, compose, cutout, draw_scene, draw_white, phrase
 
 LICENCES = {
     "twemoji": "Twemoji graphics, CC-BY-4.0",
-    "openmoji": "OpenMoji, the open-source emoji and icon project, CC-BY-SA-4.0; pictures that contain its drawings stay under it",
+    "openmoji": "OpenMoji, the open-source emoji and icon project, CC-BY-SA-4.0; so is every picture that contains it",
 }
 TEMPLATES = ("{}", "a picture of {}", "{} on a white background")
 """As the training captions say it; class names carry their article (`an apple`)."""
@@ -106,7 +119,7 @@ def _fill(out: Path, cache: Path, wanted: dict[str, Any], say: Say, processes: i
 
     start = time.perf_counter()
     (out / "train").mkdir()
-    ranges = [(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+    ranges = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
     choices = training_choices(concepts)
     write = partial(_write_shard, out / "train", archive, choices, seed, size)
     for done, stop in enumerate(spread(write, ranges, processes), 1):
@@ -173,18 +186,18 @@ def training_scene(seed: int, index: int, size: int, choices: list[Choice], spri
     return draw_scene(np.random.default_rng([seed, index]), size, picker(choices), sprites)
 
 
-def _write_shard(folder: Path, archive: Path, choices: list[Choice], seed: int, size: int, span: tuple[int, int]) -> int:
-    """Write scenes `span` as one tar of `KEY.jpg` and `KEY.json`; return where the span stops."""
+def _write_shard(folder: Path, archive: Path, choices: list[Choice], seed: int, size: int, span: range) -> int:
+    """Write the scenes of `span` as one tar of `KEY.jpg` and `KEY.json`; return where the span stops."""
     sprites = Sprites(archive)
-    with tarfile.open(folder / f"scenes-{span[0] // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
-        for index in range(*span):
+    with tarfile.open(folder / f"scenes-{span.start // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
+        for index in span:
             scene = training_scene(seed, index, size, choices, sprites)
             text = json.dumps({"captions": scene.captions, "objects": scene.objects}, ensure_ascii=False).encode()
             for suffix, data in (("jpg", _encode(scene.image, "JPEG", quality=90, subsampling=0)), ("json", text)):
                 member = tarfile.TarInfo(f"{index:07d}.{suffix}")
                 member.size = len(data)
                 out.addfile(member, io.BytesIO(data))
-    return span[1]
+    return span.stop
 
 
 def _encode(pixels: Pixels, form: str, **options: Any) -> bytes:
@@ -226,8 +239,8 @@ def _single(rng: np.random.Generator, sprite: Image.Image, size: int) -> Pixels:
 
 def _slug(name: str) -> str:
     """A file name for any file system. Names differ in more than signs, except keycaps: spell those."""
-    spelt = name.replace("#", "hash").replace("*", "asterisk").replace("!", " mark")
-    return re.sub(r"[^0-9A-Za-z-]+", "_", unicodedata.normalize("NFKD", spelt).encode("ascii", "ignore").decode()).strip("_")
+    spelt = unicodedata.normalize("NFKD", name.replace("#", "hash").replace("*", "asterisk"))
+    return re.sub(r"[^0-9A-Za-z-]+", "_", spelt.encode("ascii", "ignore").decode()).strip("_")
 
 
 def _write_captioned(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
@@ -250,15 +263,17 @@ def _write_classes(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
 
 
 def segment_classes(concepts: list[Concept], sprites: Sprites) -> list[Concept]:
-    """Cross-style concepts with short names that fill their box and, one by one, look least like those chosen before."""
-    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2 and not ABSTRACT.search(phrase(c.name).lower())]
+    """Cross-style concepts with short names that fill their box and, one by one, look least like those before."""
+    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2]
+    options = [c for c in options if not ABSTRACT.search(phrase(c.name).lower())]
     small = {c: cutout(sprites((c.name, "openmoji")).resize((16, 16)), 16) for c in options}
     looks = {c: compose(draw_white(16)[0], [(rgba, 0, 0)])[0].astype(np.float32) for c, rgba in small.items()}
     options = [c for c in options if small[c][..., 3].mean() / 255 >= MIN_COVERAGE]
     chosen = options[:1]
     while len(chosen) < min(SEGMENT_CLASSES, len(options)):
-        nearest = {c: min(float(np.abs(looks[c] - looks[o]).mean()) for o in chosen) for c in options if c not in chosen}
-        chosen.append(max(nearest, key=lambda c: nearest[c]))
+        others = [c for c in options if c not in chosen]
+        nearest = [min(float(np.abs(looks[c] - looks[o]).mean()) for o in chosen) for c in others]
+        chosen.append(others[int(np.argmax(nearest))])
     return sorted(chosen, key=lambda c: c.name)
 
 

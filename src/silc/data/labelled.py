@@ -1,6 +1,8 @@
 """Labelled sets for evaluation: pictures with classes, with captions, or with masks, in plain folders.
+
 Gives: `Labelled`, `Captioned`, `Masked` and `open_classification`, `open_captioned`, `open_masked`.
-Used by: the evaluation tasks, the segmentation trainer and `predict`. Every mistake in a set is a one-sentence ValueError."""
+Used by: the evaluation tasks, the segmentation trainer. Every mistake in a set is a one-sentence ValueError.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from silc.config import DataConfig, nearest
 from silc.data.images import FORMATS, BadSample, decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+MASK_KEYS = ("classes", "background", "void", "palette")
 ORIENTATION = 0x0112
 """EXIF tag; values from 5 on swap width and height."""
 INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
@@ -29,7 +32,7 @@ INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures of classes. `classes[c]` holds the names of class c, the canonical one first; `labels[i]` is an index into it."""
+    """Pictures of classes. `classes[c]` holds the names of class c, the canonical one first; `labels[i]` is such a c."""
 
     name: str
     classes: list[list[str]]
@@ -63,7 +66,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Masked:
-    """Pictures with a class index per pixel. With `background`, class 0 is `everything else`; `void` pixels are not counted."""
+    """Pictures with a class index per pixel. With `background`, class 0 is everything else; `void` is not counted."""
 
     name: str
     classes: list[list[str]]
@@ -107,22 +110,24 @@ class Masked:
 def open_classification(folder: Path | str) -> Labelled:
     """Open `CLASS/*.png|jpg|webp`.
 
-    `classes.txt`, if there, gives the order and the names: `folder<TAB>name, synonym` or just `folder` a line; without it
-    folders are sorted and named after themselves with `_` as a space. `templates.txt` holds prompts with one `{}` a line.
+    `classes.txt`, if there, gives the order and the names: `folder<TAB>name, synonym` or just `folder` a line; without
+    it folders are sorted and named after themselves with `_` as a space. `templates.txt` holds a prompt with `{}` a line.
     Raises ValueError for a set without classes or pictures, repeated names, or folders and list that disagree.
     """
     folder = _existing(folder)
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     listing = folder / "classes.txt"
-    names = dict(_class_lines(listing)) if listing.exists() else {f: [f.replace("_", " ")] for f in found}
+    listed = listing.exists()
+    names = dict(_class_lines(listing)) if listed else {name: [name.replace("_", " ")] for name in found}
     if not names:
-        raise ValueError(f"{listing if listing.exists() else folder} names no class; it needs one folder of pictures a class.")
+        raise ValueError(f"{listing if listed else folder} names no class; a set has a folder of pictures for each class.")
     for missing in sorted(set(names) - set(found)):
-        raise ValueError(f"{listing} lists {missing!r}, but {folder} has no such folder." + (nearest(missing, found) if found else ""))
+        hint = nearest(missing, found) if found else ""
+        raise ValueError(f"{listing} lists {missing!r}, but {folder} has no such folder.{hint}")
     for extra in sorted(set(found) - set(names)):
-        raise ValueError(f"{folder / extra} is not listed in {listing.name}; add a line for it or move the folder away.")
+        raise ValueError(f"{folder / extra} is not listed in {listing.name}; add a line for it or move it away.")
     classes = list(names.values())
-    _check_classes(classes, listing if listing.exists() else folder)
+    _check_classes(classes, listing if listed else folder)
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -163,8 +168,8 @@ def _templates(path: Path) -> list[str] | None:
 def open_captioned(location: Path | str) -> Captioned:
     """Open a folder with `captions.jsonl` or `captions.csv`, or such a file itself.
 
-    A row has `image`, a path relative to the file, and `caption`, a text or (JSON) a list of texts; rows of the same image
-    are joined. Raises ValueError for a file without rows, a row without a caption, or a row whose image is missing.
+    A row has `image`, a path relative to the file, and `caption`, a text or (JSON) a list of texts; rows of the same
+    image are joined. Raises ValueError for a file without rows, a row without a caption, or one whose image is missing.
     """
     path = _existing(location)
     if path.is_dir():
@@ -181,7 +186,7 @@ def open_captioned(location: Path | str) -> Captioned:
         if not isinstance(image, str) or not image:
             raise ValueError(f"{place}: the row has no `image`.")
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(f"{place}: the row has no `caption`; it must be a text or a list of texts, none of them empty.")
+            raise ValueError(f"{place}: the row has no `caption`: a text or a list of texts, none of them empty.")
         if image not in captions and not (path.parent / image).is_file():
             raise ValueError(f"{place}: the image {path.parent / image} does not exist.")
         captions.setdefault(image, []).extend(texts)
@@ -239,8 +244,8 @@ def open_masked(folder: Path | str) -> Masked:
 def _mask_classes(path: Path) -> tuple[list[list[str]], bool, int | None, list[list[int]] | None]:
     data = _json_object(_text(path), str(path))
     for key in data:
-        if key not in ("classes", "background", "void", "palette"):
-            raise ValueError(f"{path}: unknown key {key!r}." + nearest(key, ("classes", "background", "void", "palette")))
+        if key not in MASK_KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}." + nearest(key, MASK_KEYS))
     raw = data.get("classes")
     if not isinstance(raw, list) or not all(isinstance(c, str) or (isinstance(c, list) and c) for c in raw):
         raise ValueError(f"{path}: `classes` must be a list of names, or of lists of a name and its synonyms.")
@@ -256,7 +261,7 @@ def _mask_classes(path: Path) -> tuple[list[list[str]], bool, int | None, list[l
         and len(palette) == len(classes)
         and all(isinstance(c, list) and len(c) == 3 and all(v in range(256) for v in c) for c in palette)
     ):
-        raise ValueError(f"{path}: `palette` must be null or {len(classes)} colours [r, g, b] of 0 to 255, one a class.")
+        raise ValueError(f"{path}: `palette` must be null or one colour [r, g, b] of 0 to 255 for each class.")
     return classes, background, void, palette
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def batches(
     start_step: int,
     rank: int,
     world: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's part of every batch from `start_step` on, endless.
 
     The batch of step s is positions [s * batch, (s + 1) * batch) of the stream, and rank r takes the r-th of `world`
@@ -182,7 +182,7 @@ def _joined(
     pieces: int,
     tokenizer: Callable[[list[str]], Tensor],
     damage: list[Bad],
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     iterator = iter(loader)
 
     def stop() -> None:

@@ -1,6 +1,8 @@
 """Composed scenes: named cut-outs on smooth backgrounds, with true captions and exact masks.
-Gives: `Scene`, `draw_scene`, `compose`, `cutout`, `phrase` (a name with its article), `TRAINING` and `HELD_OUT` backgrounds.
-Used by: data/emoji. Plain functions of a random generator, so a scene is a function of its seed; needs no torch."""
+
+Gives: `Scene`, `draw_scene`, `compose`, `cutout`, `phrase` (a name with its article), the backgrounds' kinds.
+Used by: data/drawings, data/emoji. Functions of a random generator, so a scene is a function of its seed.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,7 @@ def _field(kind: str, size: int, rng: np.random.Generator) -> Field:
 
 
 def draw_background(kind: str, size: int, rng: np.random.Generator) -> tuple[Pixels, str]:
-    """One background [S,S,3] of a kind of `TRAINING` or `HELD_OUT`, and its colour in words (`light blue`, `red and grey`)."""
+    """One background [S,S,3] of a kind of `TRAINING` or `HELD_OUT`, and its colour in words (`red and grey`)."""
     shape, _, of_two = kind.partition(" ")
     names = list(rng.choice(LIGHT if kind in HELD_OUT else tuple(COLOURS), 2, replace=False))
     first, second = (np.array(COLOURS[name], np.float32) + rng.uniform(-8, 8, 3).astype(np.float32) for name in names)
@@ -133,8 +135,8 @@ def draw_scene(
 ) -> Scene:
     """Compose one scene of `size` pixels.
 
-    `pick(rng, n)` chooses n different objects, `sprite` gives a trimmed RGBA picture. With `TRAINING` backgrounds a third
-    of the scenes is one big object, mostly on white; with others every scene has a background of that kind.
+    `pick(rng, n)` chooses n different objects, `sprite` gives a trimmed RGBA picture. Three in ten scenes are one big
+    object; with `TRAINING` backgrounds most of those are on plain white.
     """
     layout = rng.choice(("big", "one", "two", "three"), p=(0.3, 0.15, 0.35, 0.2))
     count = {"two": 2, "three": 3}.get(str(layout), 1)
@@ -149,7 +151,7 @@ def draw_scene(
         places = ("in the middle",) if layout == "big" else (str(rng.choice(list(PLACES))),)
         x, y, side = PLACES[places[0]]
         spots = [(0.5, 0.5, rng.uniform(0.72, 0.95))] if layout == "big" else [(x, y, side * rng.uniform(0.75, 1.1))]
-    placed = [_place(cutout(sprite(o), max(8, round(side * size))), x, y, size) for o, (x, y, side) in zip(objects, spots)]
+    placed = [_place(cutout(sprite(o), round(side * size)), x, y, size) for o, (x, y, side) in zip(objects, spots)]
     image, mask = compose(background, placed)
     names = [phrase(name) for name, _ in objects]
     return Scene(image, mask, objects, _captions(rng, names, places, colour, down, big=layout == "big"))
@@ -200,17 +202,20 @@ def _join(parts: Sequence[str]) -> str:
 SINGULAR_S = re.compile(r"(ss|us|[^k]is|os)$")
 PLURALS = {"men", "women", "people", "feet", "palms"}
 ONE = {"man", "woman", "person", "face"}
-MASS = set(
-    """fire fog bacon bread butter rice garlic salt sushi wood spaghetti soap popcorn construction camping cooking bowling
-    tennis badminton lacrosse hockey ice thread yarn food milk luggage oden sake dna fondue custard salad cream coral racing
-    polish liquid pong broccoli breast-feeding ZZZ""".split()
-)
-SIGNS = set(
-    """prohibited|radioactive|registered|copyright|warning|wireless|information|plus|minus|divide|multiply|infinity|biohazard|om
-    |high voltage|customs|passport control|baggage claim|left luggage|trade mark|potable water|non-potable water|vibration mode
-    |currency exchange|hundred points|Aries|Taurus|Gemini|Cancer|Leo|Virgo|Libra|Scorpio|Sagittarius|Capricorn|Aquarius|Pisces
-    |Ophiuchus|antenna bars|mahjong red dragon""".replace("\n    ", "").split("|")
-)
+MASS = {
+    "bacon", "badminton", "bowling", "bread", "breast-feeding", "broccoli", "butter", "camping", "construction",
+    "cooking", "coral", "cream", "custard", "dna", "fire", "fog", "fondue", "food", "garlic", "hockey", "ice",
+    "lacrosse", "liquid", "luggage", "milk", "oden", "polish", "pong", "popcorn", "racing", "rice", "sake",
+    "salad", "salt", "soap", "spaghetti", "sushi", "tennis", "thread", "wood", "yarn", "ZZZ",
+}  # fmt: skip
+SIGNS = {
+    "antenna bars", "Aquarius", "Aries", "baggage claim", "biohazard", "Cancer", "Capricorn", "copyright",
+    "currency exchange", "customs", "divide", "Gemini", "high voltage", "hundred points", "infinity",
+    "information", "left luggage", "Leo", "Libra", "mahjong red dragon", "minus", "multiply",
+    "non-potable water", "om", "Ophiuchus", "passport control", "Pisces", "plus", "potable water", "prohibited",
+    "radioactive", "registered", "Sagittarius", "Scorpio", "Taurus", "trade mark", "vibration mode", "Virgo",
+    "warning", "wireless",
+}  # fmt: skip
 """Names of signs that do not say so: `a warning` is drawn as a warning sign."""
 AS_IS = {"Santa Claus", "Mrs. Claus", "Mx Claus", "mount fuji"}
 UNIQUE = {"Statue of Liberty", "Tokyo tower", "milky way", "sun", "performing arts", "kaaba"}

@@ -69,9 +69,7 @@ def first_hit_ranks(
     starts = torch.searchsorted(rows.contiguous(), torch.arange(len(queries) + 1, device=rows.device)).tolist()
     if any(a == b for a, b in pairwise(starts)):
         raise ValueError("retrieval: a query has no candidate that belongs to it.")
-    weight = torch.ones(len(candidates)) if copies is None else copies
-    # float64: counts of up to 2^53 stay exact
-    weight = weight.to(candidates.device, torch.float64)
+    weight = (torch.ones(len(candidates)) if copies is None else copies).to(candidates.device, torch.int32)
     ranks = torch.empty(len(queries), dtype=torch.int64)
     for first in range(0, len(queries), chunk):
         scores = queries[first : first + chunk] @ candidates.T
@@ -80,9 +78,8 @@ def first_hit_ranks(
         right = scores[row, column]
         best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce(0, row, right, "amax")
         before = ~(scores < best[:, None])
-        # what comes before, less the right ones among it
         before[row, column] = False
-        ranks[first : first + len(scores)] = (before.double() @ weight).long().cpu()
+        ranks[first : first + len(scores)] = (before * weight).sum(1).cpu()
     return ranks
 
 

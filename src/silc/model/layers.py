@@ -6,8 +6,8 @@ Used by: towers.py; and prototypes.py for its activation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def value_path(self, x: Tensor) -> Tensor:
-        """The block with every token attending to itself alone (the MaskCLIP read-out; the residual stays per token)."""
+        """The block with each token attending to itself alone (the MaskCLIP read-out; the residual stays per token)."""
         x = x + self.attention.value_path(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

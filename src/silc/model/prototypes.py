@@ -6,6 +6,8 @@ Used by: train/pretrain.py, for views (self-distillation) and for patches (maske
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class PrototypeHead(nn.Module):
         super().__init__()
         c = config
         widths = [width] + [c.hidden] * (c.layers - 1) + [c.bottleneck]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.prototypes = nn.Parameter(torch.empty(c.count, c.bottleneck))
         for layer in self.layers:
             nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]

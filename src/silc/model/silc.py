@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class Silc(nn.Module):
         self.text = TextTower(config.text, config.embed_dim)
         # shape [1], not 0-D: sharded training refuses scalars
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.scale_init)))
+        self.logit_bias: nn.Parameter | None
         bias = None if config.bias_init is None else nn.Parameter(torch.full((1,), config.bias_init))
         self.register_parameter("logit_bias", bias)
         self.tokenizer: Callable[[list[str]], Tensor] | None = None

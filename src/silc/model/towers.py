@@ -19,7 +19,7 @@ Readout = Literal["auto", "tokens", "value"]
 
 
 class Encoded(NamedTuple):
-    """One group of pictures: pooled [B, E] in the shared space (not normalised), tokens [B, N, D] after the last norm."""
+    """One group of pictures: pooled [B, E] in the shared space, not normalised; tokens [B, N, D] after the norm."""
 
     pooled: Tensor
     tokens: Tensor
@@ -94,7 +94,7 @@ class ImageTower(nn.Module):
     def forward(
         self, groups: list[Tensor], masks: list[Tensor | None] | None = None, mask_token: Tensor | None = None
     ) -> list[Encoded]:
-        """groups: [B_i, 3, H_i, W_i] each, of any sizes; masks: [B_i, N_i] or None for each. One pass over all tokens."""
+        """groups: [B_i, 3, H_i, W_i] each, of any sizes; masks: [B_i, N_i] or None each. One pass over all tokens."""
         x, shapes = pack([self.embed(g, m, mask_token) for g, m in zip(groups, masks or [None] * len(groups))])
         x = self.norm(self.transform(x, shapes, list(self.blocks)))
         tokens = unpack(x, shapes)

@@ -30,7 +30,7 @@ def collect(task: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     All processes must call."""
     tensors = {f"task.{name}": tensor for name, tensor in task.state_dict().items()}
     if optimizer is not None:
-        names = {parameter: name for name, parameter in task.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
         for parameter, moments in optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": moment for key, moment in moments.items()}
         tensors["random.cpu"] = torch.get_rng_state()

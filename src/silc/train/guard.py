@@ -58,6 +58,7 @@ class Guard:
             self.collapsed_since = step
         elif step - self.collapsed_since >= PATIENCE:
             raise Halt(
-                f"collapse: teacher entropy {entropy:.3f} of at most {self.uniform:.2f} for {step - self.collapsed_since} "
-                "steps: all pictures map to one prototype. Raise --objective.teacher-temp or --objective.momentum, or lower --optim.lr."
+                f"collapse: teacher entropy {entropy:.3f} of at most {self.uniform:.2f} for "
+                f"{step - self.collapsed_since} steps: all pictures map to one prototype. "
+                "Raise --objective.teacher-temp or --objective.momentum, or lower --optim.lr."
             )

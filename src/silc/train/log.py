@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -60,7 +61,7 @@ class Log:
         self.waited = 0.0
         if leads:
             forget(folder / "metrics.jsonl", lambda row: row["step"] <= step)
-            self.file = open(folder / "metrics.jsonl", "a")
+            self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  open for the whole run
             self.mirrors = _mirrors(config.log, config, folder)
 
     def train(self, step: int, metrics: dict[str, float], lr: float, bad: int, ids: list[str]) -> None:
@@ -158,7 +159,13 @@ def _mirrors(log: LogConfig, config: Config, folder: Path) -> list[Any]:
         except ImportError:
             raise ValueError('--log.tensorboard needs its package: pip install "silc[tensorboard]"') from None
         writer = SummaryWriter(str(folder / "tensorboard"))
-        found.append(lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()])
+
+        def to_tensorboard(row: dict[str, float], step: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        found.append(to_tensorboard)
     if log.wandb:
         try:
             import wandb

@@ -11,10 +11,11 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -168,7 +169,7 @@ def build(config: Config, world: World) -> tuple[Pretrain, torch.optim.AdamW]:
     for tower in (task.model.image, task.model.text):
         tower.recompute = config.train.checkpoint_blocks
     for part, towers in task.parts():
-        blocks = [block for tower in towers for block in tower.blocks]
+        blocks = [block for tower in towers for block in tower.get_submodule("blocks").children()]
         parallel.distribute(part, blocks, world, config.train.compile)
     return task, make_optimizer(task.student, config.optim)
 
@@ -287,7 +288,7 @@ class Run:
                 try:
                     for label, result in evaluate(model, {name: folder}).items():
                         self.log.evaluation(done, label, result.metrics, result.chance)
-                except Exception as error:  # noqa: BLE001  whatever it is, hours of training outweigh it
+                except Exception as error:
                     self.log.say(f"  eval at step {done}  {name} failed: {error}")
         parallel.barrier(self.world)
 

@@ -7,7 +7,8 @@ Used by: train/loop.py.
 from __future__ import annotations
 
 import math
-from typing import Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,10 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only (not on norms, biases, position tables, probes or the temperature)."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     decayed = {n for n, p in named.items() if p.ndim >= 2 and n.rsplit(".", 1)[-1] not in UNDECAYED}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named.items() if n in decayed], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
-    assert sum(len(g["params"]) for g in groups) == len(named)  # type: ignore[arg-type]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

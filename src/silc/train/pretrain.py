@@ -52,7 +52,7 @@ class Pretrain(nn.Module):
         student: list[tuple[nn.Module, list[nn.Module]]] = [(self.student, [self.model.image, self.model.text])]
         if not self.has_teacher:
             return student
-        return [*student, (self.teacher, [self.teacher.image] if self.objective.teacher == "full" else [])]
+        return [*student, (self.teacher, [self.teacher.image] if self.teacher.image else [])]
 
     def hyper(self, step: int) -> Hyper:
         o, now = self.objective, step / self.config.steps
@@ -111,7 +111,7 @@ class Pretrain(nn.Module):
             return Targets(None, None)
         with self.autocast():
             view_logits, patch_logits = self.teacher(views, out, hyper)
-        probs = []
+        probs: list[Tensor | None] = []
         for name, logits in (("view_centre", view_logits), ("patch_centre", patch_logits)):
             if logits is None:
                 probs.append(None)
@@ -142,12 +142,10 @@ class Pretrain(nn.Module):
         for i, (v, t) in enumerate(zip(views, text)):
             out = self.run(v, t, hyper)
             terms = self.teacher_terms(out, self.targets(v, out, hyper), v, hyper)
-            rows = slice(i * len(t), (i + 1) * len(t))
-            driven = [(out.image, whole.image.grad[:, rows]), (out.text, whole.text.grad[rows])]  # type: ignore[index]
-            driven += [(a, b.grad / n) for a, b in ((out.scale, whole.scale), (out.bias, whole.bias)) if b is not None]  # type: ignore[operator,list-item]
-            surrogate = torch.stack([(value * grad).sum() for value, grad in driven]).sum()
-            extra = {k: terms[k] for k in ("distill", "masked") if k in terms}
-            (surrogate + (self.total(extra, hyper) / n if extra else 0)).backward()
+            loss = _driven(out, whole, i, n)
+            if extra := {k: v for k, v in terms.items() if k in ("distill", "masked")}:
+                loss = loss + self.total(extra, hyper) / n
+            loss.backward()
             parts.append(terms)
         averaged = {k: torch.stack([p[k].detach() for p in parts]).mean() for k in parts[0]}
         terms = {"contrast": contrast.detach()} | averaged
@@ -199,6 +197,15 @@ class Pretrain(nn.Module):
         noise = torch.rand(batch * self.world.size, n, generator=generator)
         mine = noise[self.world.rank * batch : (self.world.rank + 1) * batch]
         return mine.argsort(1).argsort(1) < round(self.objective.mask_ratio * n)
+
+
+def _driven(out: Output, whole: Output, i: int, n: int) -> Tensor:
+    """A scalar whose gradient in the i-th of n micro-batches is its share of the whole batch's contrastive gradient."""
+    pairs = [(out.image, whole.image.grad, 1), (out.text, whole.text.grad, 0)]
+    terms = [(mine * grad.chunk(n, axis)[i]).sum() for mine, grad, axis in pairs if grad is not None]
+    shared = [(out.scale, whole.scale.grad), (out.bias, None if whole.bias is None else whole.bias.grad)]
+    terms += [(mine * grad / n).sum() for mine, grad in shared if mine is not None and grad is not None]
+    return torch.stack(terms).sum()
 
 
 def _pixels(batch: dict[str, Any], name: str, rows: slice, preprocess: PreprocessConfig) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from silc.config import ObjectiveConfig
 from silc.model.prototypes import PrototypeHead
 from silc.model.silc import Silc
+from silc.model.towers import ImageTower
 
 # Shapes: B local batch, V views aligned with the text, S views that learn, G/L global/local views, K prototypes,
 # N patches, D shared space, W width of the image tower.
@@ -68,9 +69,9 @@ class Output(NamedTuple):
     patches: Tensor | None
     """[B, N, K] prototype logits of the masked view's patches."""
     features: Tensor | None
-    """[G, B, D] pooled global views, before normalisation."""
+    """[G, B, D] pooled global views, detached, for a head-only teacher."""
     tokens: Tensor | None
-    """[B, N, W] patch tokens of the first global view, unmasked."""
+    """[B, N, W] patch tokens of the first global view, unmasked and detached, likewise."""
 
 
 class Student(nn.Module):
@@ -80,6 +81,8 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         width = model.config.image.width
+        self.view_head: PrototypeHead | None = None
+        self.patch_head: PrototypeHead | None = None
         if config.distill.weight > 0:
             self.view_head = PrototypeHead(model.config.embed_dim, config.prototypes)
         if config.masked.weight > 0:
@@ -87,7 +90,9 @@ class Student(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(width))
 
     def forward(self, views: Views, text: Tensor, hyper: Hyper) -> Output:
-        c, groups, masks, names = self.config, [], [], []
+        c, names = self.config, []
+        groups: list[Tensor] = []
+        masks: list[Tensor | None] = []
         for name, pixels in (("original", views.original), ("globals", views.globals), ("locals", views.locals)):
             if pixels is not None:
                 groups.append(pixels.flatten(0, -4))
@@ -102,16 +107,17 @@ class Student(nn.Module):
         pooled = {n: e.pooled.unflatten(0, (-1, len(text))) for n, e in encoded.items()}
         with_text = [n for n in ("original", "globals") if n in pooled and aligned(n, c)]
         learners = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
-        batch = len(text)
+        batch, lends = len(text), c.teacher == "head" and hyper.needs_teacher
         return Output(
             image=F.normalize(torch.cat([pooled[n] for n in with_text]).float(), dim=-1),
             text=F.normalize(self.model.text(text).float(), dim=-1),
             scale=self.model.scale,
             bias=self.model.bias,
-            views=self.view_head(torch.cat([pooled[n] for n in learners])) if hyper.distill > 0 else None,
-            patches=self.patch_head(encoded["masked"].tokens) if hyper.masked > 0 else None,
-            features=pooled.get("globals"),
-            tokens=encoded["globals"].tokens[:batch] if "globals" in encoded else None,
+            views=self.view_head(torch.cat([pooled[n] for n in learners])) if self.view_head and hyper.distill else None,
+            patches=self.patch_head(encoded["masked"].tokens) if self.patch_head and hyper.masked else None,
+            # a head-only teacher reads the student's own features; sharded modules must not return views
+            features=pooled["globals"].detach().clone() if lends else None,
+            tokens=encoded["globals"].tokens[:batch].detach().clone() if lends and hyper.masked > 0 else None,
         )
 
 
@@ -125,23 +131,23 @@ class Teacher(nn.Module):
 
     def __init__(self, student: Student) -> None:
         super().__init__()
-        parts = {"image": student.model.image} if student.config.teacher == "full" else {}
-        parts |= {n: getattr(student, n) for n in ("view_head", "patch_head") if hasattr(student, n)}
-        for name, part in parts.items():
-            setattr(self, name, copy.deepcopy(part))
+        full = student.config.teacher == "full"
+        self.image: ImageTower | None = copy.deepcopy(student.model.image) if full else None
+        self.view_head: PrototypeHead | None = copy.deepcopy(student.view_head)
+        self.patch_head: PrototypeHead | None = copy.deepcopy(student.patch_head)
         self.requires_grad_(False)
 
     def forward(self, views: Views, student: Output, hyper: Hyper) -> tuple[Tensor | None, Tensor | None]:
         """-> view logits [G, B, K], patch logits [B, N, K], each None when its term is off."""
-        if hasattr(self, "image"):
+        if self.image is not None:
             assert views.globals is not None
             encoded = self.image([views.globals.flatten(0, 1)])[0]
             features = encoded.pooled.unflatten(0, views.globals.shape[:2])
             tokens = encoded.tokens[: views.globals.shape[1]]
         else:  # head-only EMA: the student's own features, at no cost
-            assert student.features is not None and student.tokens is not None
-            features, tokens = student.features.detach(), student.tokens.detach()
+            assert student.features is not None
+            features, tokens = student.features, student.tokens
         return (
-            self.view_head(features) if hyper.distill > 0 else None,
-            self.patch_head(tokens) if hyper.masked > 0 else None,
+            self.view_head(features) if self.view_head and hyper.distill else None,
+            self.patch_head(tokens) if self.patch_head and hyper.masked else None,
         )
