@@ -223,12 +223,15 @@ def test_workers_outlive_signals_and_end_with_the_iterator(mixture, reference):
 
 
 @linux
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(mixture):
+    handler = signal.getsignal(signal.SIGCHLD)
     before = set(children(os.getpid()))
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, workers=1))
     stream = batches(config, mixture, tokenizer, 0, 0, 1)
     next(stream)
     (worker,) = set(children(os.getpid())) - before
+    assert signal.getsignal(signal.SIGCHLD) is handler
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(ValueError, match=r"worker process died.*lower --data.workers"):
         for _ in range(100):

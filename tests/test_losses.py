@@ -209,7 +209,7 @@ def test_distill_is_its_loop(s: int, t: int, batch: int, count: int, same: int, 
 
 
 def test_distill_of_two_views_and_two_prototypes_by_hand() -> None:
-    """Student log-odds 0 and ln 3, at temperature 1, are (1/2, 1/2) and (3/4, 1/4); the teacher says (1, 0), (1/4, 3/4).
+    """Student log-odds 0 and ln 3 are (1/2, 1/2) and (3/4, 1/4) at temperature 1; teacher: (1, 0) and (1/4, 3/4).
 
     Cross-entropies, student view by teacher view:
         s0 t0: -ln 1/2 = ln 2                          s0 t1: -(1/4 ln 1/2 + 3/4 ln 1/2) = ln 2

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -288,6 +288,7 @@ def test_the_position_table_is_untouched_at_its_own_size() -> None:
 
 
 @given(st.integers(2, 16), st.integers(1, 20), st.integers(1, 20))
+@example(16, 3, 1)  # a single column: PyTorch's own kernel repeats the first row
 @settings(max_examples=40, deadline=None)
 def test_resizing_keeps_constants_and_the_axes_in_place(side: int, height: int, width: int) -> None:
     resized = resize_grid(torch.full((side, side, 2), 3.0), height, width)

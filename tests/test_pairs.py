@@ -130,6 +130,14 @@ def test_folder_of_images_with_texts(tmp_path):
     assert cause(source, 3) == "no caption"
 
 
+def test_folders_are_listed_in_order(tmp_path):
+    names = [f"{folder}/{name}.png" for folder in "qzmab" for name in (10, 2, 1)]
+    images(tmp_path, names)
+    (tmp_path / "q/1.txt").write_text("x")
+    source = open_source(str(tmp_path), CFG)
+    assert [source.ident(i) for i in range(len(source))] == sorted(names)
+
+
 def test_rows_that_cannot_be_read(tmp_path):
     images(tmp_path, ["a.jpg"])
     rows = ['{"image": "a.jpg"}', '{"image": null, "caption": "x"}', '{"image": "gone.jpg", "caption": "x"}',

@@ -164,7 +164,7 @@ def load_drawings(cache: Path, size: int, limit: int | None, say: Say, processes
 
 
 def _distinct(concepts: Iterable[Concept], drawn: dict[tuple[Concept, str], bytes]) -> Iterable[Concept]:
-    """Concepts with a visible picture of their own in both styles: a flag that countries share would cross the splits."""
+    """Concepts with a visible picture of their own in both styles: a shared flag would cross the splits."""
     seen: set[bytes] = set()
     for concept in concepts:
         pair = [drawn[concept, style] for style in STYLES]

@@ -32,7 +32,7 @@ INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures of classes. `classes[c]` holds the names of class c, the canonical one first; `labels[i]` is such a c."""
+    """Pictures of classes. `classes[c]` holds the names of class c, the canonical one first; a label is such a c."""
 
     name: str
     classes: list[list[str]]
@@ -44,7 +44,7 @@ class Labelled:
         return len(self.paths)
 
     def image(self, index: int) -> Tensor:
-        """uint8 [3,H,W]. ValueError names the file when it is no readable picture."""
+        """uint8 [3,H,W]; ValueError names an unreadable file."""
         return _read(self.paths[index])
 
 
@@ -60,13 +60,13 @@ class Captioned:
         return len(self.paths)
 
     def image(self, index: int) -> Tensor:
-        """uint8 [3,H,W]. ValueError names the file when it is no readable picture."""
+        """uint8 [3,H,W]; ValueError names an unreadable file."""
         return _read(self.paths[index])
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Pictures with a class index per pixel. With `background`, class 0 is everything else; `void` is not counted."""
+    """Pictures with a class index per pixel. `background`: class 0 is everything else; `void` is not counted."""
 
     name: str
     classes: list[list[str]]
@@ -80,7 +80,7 @@ class Masked:
         return len(self.paths)
 
     def image(self, index: int) -> Tensor:
-        """uint8 [3,H,W]. ValueError names the file when it is no readable picture."""
+        """uint8 [3,H,W]; ValueError names an unreadable file."""
         return _read(self.paths[index])
 
     def mask(self, index: int) -> Tensor:
@@ -104,14 +104,11 @@ class Masked:
         return torch.from_numpy(values)
 
 
-# ---------------------------------------------------------------- classification
-
-
 def open_classification(folder: Path | str) -> Labelled:
     """Open `CLASS/*.png|jpg|webp`.
 
-    `classes.txt`, if there, gives the order and the names: `folder<TAB>name, synonym` or just `folder` a line; without
-    it folders are sorted and named after themselves with `_` as a space. `templates.txt` holds a prompt with `{}` a line.
+    `classes.txt`, if there, gives order and names: `folder<TAB>name, synonym` or just `folder` a line; without it the
+    folders are sorted and named after themselves with `_` as a space. `templates.txt` holds a prompt with `{}` a line.
     Raises ValueError for a set without classes or pictures, repeated names, or folders and list that disagree.
     """
     folder = _existing(folder)
@@ -120,7 +117,7 @@ def open_classification(folder: Path | str) -> Labelled:
     listed = listing.exists()
     names = dict(_class_lines(listing)) if listed else {name: [name.replace("_", " ")] for name in found}
     if not names:
-        raise ValueError(f"{listing if listed else folder} names no class; a set has a folder of pictures for each class.")
+        raise ValueError(f"{listing if listed else folder} names no class; give each class a folder of pictures.")
     for missing in sorted(set(names) - set(found)):
         hint = nearest(missing, found) if found else ""
         raise ValueError(f"{listing} lists {missing!r}, but {folder} has no such folder.{hint}")
@@ -142,7 +139,8 @@ def open_classification(folder: Path | str) -> Labelled:
 def _class_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     seen: set[str] = set()
     for number, line in enumerate(_text(path).splitlines(), 1):
-        folder, tab, text = (part.strip() for part in line.partition("\t"))
+        folder, tab, text = line.partition("\t")
+        folder = folder.strip()
         if not folder:
             continue
         if folder in seen:
@@ -160,9 +158,6 @@ def _templates(path: Path) -> list[str] | None:
         if line.count("{}") != 1:
             raise ValueError(f"{path}: the template {line!r} needs exactly one {{}} for the class name.")
     return lines or None
-
-
-# ---------------------------------------------------------------- captions
 
 
 def open_captioned(location: Path | str) -> Captioned:
@@ -212,9 +207,6 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, line {reader.line_num}", row
 
 
-# ---------------------------------------------------------------- masks
-
-
 def open_masked(folder: Path | str) -> Masked:
     """Open `images/`, `masks/` (a PNG of class indices with the image's stem) and `classes.json`.
 
@@ -235,9 +227,10 @@ def open_masked(folder: Path | str) -> Masked:
     for path, mask in zip(paths, masks):
         if not mask.is_file():
             raise ValueError(f"{path} has no mask: {mask} does not exist.")
-        (width, height), (mask_width, mask_height) = _size(path), _size(mask)
-        if (width, height) != (mask_width, mask_height):
-            raise ValueError(f"{mask} is {mask_width} x {mask_height} pixels, but its image is {width} x {height}.")
+        size, mask_size = _size(path), _size(mask)
+        if size != mask_size:
+            (width, height), (w, h) = size, mask_size
+            raise ValueError(f"{mask} is {w} x {h} pixels, but its image is {width} x {height}.")
     return Masked(folder.name, classes, background, void, paths, masks, palette)
 
 

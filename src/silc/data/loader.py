@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
@@ -183,13 +184,13 @@ def _joined(
     tokenizer: Callable[[list[str]], Tensor],
     damage: list[Bad],
 ) -> Generator[Batch, None, None]:
-    iterator = iter(loader)
+    iterator = _started(loader)
 
     def stop() -> None:
         closing.value = 1
         if loader.num_workers:
             # Also when a traceback still holds the iterator, so that its own clean-up would not run.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            iterator._shutdown_workers()
 
     atexit.register(stop)
     try:
@@ -204,11 +205,25 @@ def _joined(
         atexit.unregister(stop)
 
 
+def _started(loader: DataLoader[Batch]) -> Any:
+    """The loader's iterator, without its SIGCHLD handler.
+
+    That one raises wherever the training process happens to be, even amid saving a checkpoint. A dead worker is
+    noticed without it when its next chunk is due.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    iterator = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
 def _next(iterator: Iterator[Batch]) -> Batch:
     try:
         chunk = next(iterator)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        # The latter three: the worker is gone before its tensors were taken over.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise ValueError(
             "data: a worker process died, most often because memory ran out; lower --data.workers or --train.batch."

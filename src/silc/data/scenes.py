@@ -211,7 +211,7 @@ MASS = {
 SIGNS = {
     "antenna bars", "Aquarius", "Aries", "baggage claim", "biohazard", "Cancer", "Capricorn", "copyright",
     "currency exchange", "customs", "divide", "Gemini", "high voltage", "hundred points", "infinity",
-    "information", "left luggage", "Leo", "Libra", "mahjong red dragon", "minus", "multiply",
+    "information", "left luggage", "Leo", "Libra", "minus", "multiply",
     "non-potable water", "om", "Ophiuchus", "passport control", "Pisces", "plus", "potable water", "prohibited",
     "radioactive", "registered", "Sagittarius", "Scorpio", "Taurus", "trade mark", "vibration mode", "Virgo",
     "warning", "wireless",

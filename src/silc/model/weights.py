@@ -207,7 +207,7 @@ def _join(family: Family, name: str, parts: list[Tensor]) -> Tensor:
 
 
 def _split(family: Family, name: str, tensor: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The inverse of `_join`, whose shapes differ from ours only by where the same numbers in the same order are cut."""
+    """The inverse of `_join`: the same numbers in the same order, cut differently (but for one permuted kernel)."""
     if family == "siglip2" and name.endswith("patch_embedding.weight"):
         _, channels, height, width = like[0].shape
         tensor = tensor.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
