@@ -170,7 +170,7 @@ def test_masks_are_class_indices_and_void(tmp_path: Path, mode: str) -> None:
 
 def test_an_unknown_mask_value_names_file_and_value(tmp_path: Path) -> None:
     data = open_masked(masked_set(tmp_path, [[0, 1], [7, 255]], void=255))
-    with pytest.raises(ValueError, match=r"masks/p\.png holds the value 7, but the set has classes 0 to 1 and void 255"):
+    with pytest.raises(ValueError, match=r"masks/p\.png holds the value 7, but .* 0 to 1 and void 255"):
         data.mask(0)
     with pytest.raises(ValueError, match=r"p\.png holds the value 255.*no void value"):
         open_masked(masked_set(tmp_path, [[0, 1], [1, 255]])).mask(0)

@@ -146,6 +146,18 @@ def test_starting_at_a_step_equals_continuing_to_it(mixture, reference, workers)
         same(got, want)
 
 
+def test_the_next_batch_is_made_while_the_caller_works(mixture):
+    calls = []
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, workers=1))
+    stream = batches(config, mixture, lambda texts: calls.append(1) or tokenizer(texts), 0, 0, 1)
+    next(stream)
+    until = time.monotonic() + 5
+    while len(calls) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    stream.close()
+    assert len(calls) == 2
+
+
 def test_keys_follow_the_config(mixture):
     plain = dataclasses.replace(CONFIG, objective=ObjectiveConfig(), views=ViewsConfig(global_size=24))
     (batch,) = take(plain, mixture, 1)

@@ -44,6 +44,7 @@ LICENCES = {
 TEMPLATES = ("{}", "a picture of {}", "{} on a white background")
 """As the training captions say it; class names carry their article (`an apple`)."""
 SHARD = 1000
+MIN_SIZE = 32
 VOID = 255
 """Mask value of the backgrounds, which have no class."""
 SEGMENT_SCENES, SEGMENT_CLASSES = 200, 20
@@ -86,8 +87,10 @@ def build(
 
     `scenes` pictures of `size` pixels, each with three or four captions under the key `captions`; scene i depends on
     (seed, i) alone. `limit` keeps that many concepts (for tests). A half-written or damaged cache is built again.
-    Raises ValueError when the packages of the extra `quickstart` are missing.
+    Raises ValueError when the packages of the extra `quickstart` are missing, or for too few scenes or pixels.
     """
+    if scenes < 1 or size < MIN_SIZE:
+        raise ValueError(f"The corpus needs at least 1 scene of at least {MIN_SIZE} pixels, not {scenes} of {size}.")
     wanted = {"format": FORMAT, "seed": seed, "scenes": scenes, "size": size, "limit": limit, "packages": versions()}
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(cache) / f"emoji-{size}px-{key}"
@@ -171,6 +174,8 @@ def training_choices(concepts: list[Concept]) -> list[Choice]:
 
 def picker(choices: list[Choice]) -> Pick:
     """Chooses objects of different bases: the concept first, then its style, so that every concept is as likely."""
+    if len({concept.base for concept, _ in choices}) < 3:
+        raise ValueError("A scene needs three different concepts to choose from; raise `limit`.")
 
     def pick(rng: np.random.Generator, count: int) -> list[Cutout]:
         chosen: dict[str, Cutout] = {}

@@ -18,10 +18,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -192,15 +194,23 @@ def _joined(
             # Also when a traceback still holds the iterator, so that its own clean-up would not run.
             iterator._shutdown_workers()
 
+    def make() -> Batch:
+        return _join([_next(iterator) for _ in range(pieces)], tokenizer)
+
     atexit.register(stop)
+    # Joining copies a batch at memory speed, which is time that the training thread need not wait.
+    pool = ThreadPoolExecutor(1) if loader.num_workers else None
     try:
+        coming = pool.submit(make) if pool else None
         while True:
-            chunks = [_next(iterator) for _ in range(pieces)]
-            batch = _join(chunks, tokenizer)
+            batch = coming.result() if coming else make()
+            coming = pool.submit(make) if pool else None
             batch["bad"] = damage + batch["bad"]
             damage = []
             yield batch
     finally:
+        if pool:
+            pool.shutdown()
         stop()
         atexit.unregister(stop)
 
@@ -237,7 +247,8 @@ def _join(chunks: Sequence[Batch], tokenizer: Callable[[list[str]], Tensor]) -> 
     joined: Batch = {}
     for name, axis in CROP_AXIS.items():
         if name in chunks[0]:
-            joined[name] = torch.cat([torch.as_tensor(chunk[name]) for chunk in chunks], axis)
+            # NumPy's copy stays on one thread; PyTorch's would start a second pool of threads beside the training's.
+            joined[name] = torch.from_numpy(np.concatenate([np.asarray(chunk[name]) for chunk in chunks], axis))
     captions, ids, bad = (list(itertools.chain(*(c[name] for c in chunks))) for name in ("captions", "ids", "bad"))
     return {**joined, "tokens": tokenizer(captions), "ids": ids, "bad": bad}
 

@@ -45,6 +45,8 @@ def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
     """
     if grid.shape[:2] == (height, width):
         return grid
+    if width == 1 < height:  # PyTorch's antialiased CPU kernel repeats the first row when asked for a single column
+        return resize_grid(grid.transpose(0, 1), width, height).transpose(0, 1)
     channels_first = grid.permute(2, 0, 1)[None].float()
     resized = F.interpolate(channels_first, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).to(grid.dtype)

@@ -99,16 +99,20 @@ class Silc(nn.Module):
     @classmethod
     def open(cls, folder: Path) -> Silc:
         """Read a folder written by `save`; strict. ValueError says what is missing or does not fit."""
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is not a silc model: {name} is missing.")
         try:
             described = json.loads((folder / CONFIG_NAME).read_text())
             tensors = load_file(folder / WEIGHTS_NAME)
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} is not a silc model: {Path(error.filename).name} is missing.") from None
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a damaged model ({error}).") from None
-        if described.get("library") != "silc":
+        if not isinstance(described, dict) or described.get("library") != "silc" or "model" not in described:
             raise ValueError(f"{folder / CONFIG_NAME} was not written by silc.")
-        model = cls(from_dict(ModelConfig, described["model"]))
+        try:
+            model = cls(from_dict(ModelConfig, described["model"]))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from None
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

@@ -131,6 +131,8 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
         c = self.config = config
+        if c.width % c.heads:
+            raise ValueError(f"text: width {c.width} is not a multiple of heads {c.heads}.")
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.empty(c.length, c.width))
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.mlp, c.act, c.norm_eps, c.causal) for _ in range(c.depth))
