@@ -166,7 +166,7 @@ def test_captions_are_true_of_the_mask(seed: int) -> None:
     for caption in scene.captions:
         if "between" not in caption and not re.search(" (above|below|to the) ", caption):
             assert all(name in caption for name in names)
-        for name, place in re.findall(r"(an? \w+) ((?:on|at|in) the [a-z ]*?(?:left|right|middle|top|bottom)\b)", caption):
+        for name, place in re.findall(r"(an? \w+) ((?:on|at|in) the (?:[a-z]+ (?:left|right) corner|[a-z]+))", caption):
             x, y = centre[name]
             assert ("left" in place) <= (x < -0.1) and ("right" in place) <= (x > 0.1)
             assert ("top" in place) <= (y < -0.1) and ("bottom" in place) <= (y > 0.1)
@@ -207,10 +207,8 @@ def test_splits_are_by_base_concept_and_have_the_stated_shares() -> None:
 
 
 def test_split_is_the_same_on_every_machine() -> None:
-    assert [split(name) for name in ("apple", "tiger", "cook", "flag of France", "rocket", "house")] == SPLITS
-
-
-SPLITS = ["xstyle"]
+    pinned = {"crown": "heldout", "robot": "heldout", "strawberry": "xstyle", "cook": "xstyle", "tiger": "train"}
+    assert {name: split(name) for name in pinned} == pinned
 
 
 # ---------------------------------------------------------------- the corpus
@@ -279,7 +277,7 @@ def test_evaluation_sets_open_and_hold_the_right_drawings(corpus: Corpus) -> Non
     }  # fmt: skip
     for name, expected, style in (("concepts", heldout, "twemoji"), ("style", xstyle, "openmoji")):
         pairs = open_captioned(sets[f"retrieval/{name}"])
-        assert [texts for texts in pairs.captions] == [[phrase(n)] for n in expected]
+        assert pairs.captions == [[phrase(n)] for n in expected]
         assert all(style in p.name for p in pairs.paths) and pairs.image(0).shape == (3, SIZE, SIZE)
         classes = open_classification(sets[f"zeroshot/{name}"])
         assert [names[0] for names in classes.classes] == [phrase(n) for n in expected]
@@ -334,7 +332,9 @@ def test_a_complete_cache_is_reused_and_a_broken_one_is_rebuilt(corpus: Corpus, 
         rebuilt = small(cache)
         assert not rebuilt.reused and rebuilt.folder == corpus.folder and shard.read_bytes() == whole
     for archive in cache.glob("drawings-*.zip"):
-        archive.write_bytes(archive.read_bytes()[:1000])
+        data = bytearray(archive.read_bytes())
+        data[400:420] = bytes(20)  # within the first drawing: only its checksum tells
+        archive.write_bytes(data)
     shard.unlink()
     assert not small(cache).reused and shard.read_bytes() == whole
 

@@ -290,6 +290,36 @@ def test_remote_file_systems(tmp_path):
         open_source("memory://nothing", CFG)
 
 
+def test_remote_reads_are_tried_again(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/flaky/s.tar", shard(0, 1))
+    source, tries, read = open_source("memory://flaky/s.tar", CFG), [], type(fs).cat_file
+    monkeypatch.setattr("silc.data.store.time.sleep", lambda seconds: None)
+
+    def flaky(self, *args, fails=2, **kwargs):
+        tries.append(1)
+        if len(tries) <= fails:
+            raise RuntimeError("503 slow down")
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(fs), "cat_file", flaky)
+    assert source.read(0) == (jpeg(0), ["text 0"], "s.tar:00000") and len(tries) == 3
+    tries.clear()
+    monkeypatch.setattr(type(fs), "cat_file", lambda self, *a, **k: flaky(self, *a, fails=9, **k))
+    assert cause(source, 0) == "unreadable file" and len(tries) == 3
+
+
+def test_long_indexing_tells_its_progress(tmp_path, monkeypatch, capsys):
+    for number in range(5):
+        (tmp_path / f"{number}.tar").write_bytes(shard(number, 1))
+    open_source(str(tmp_path), CFG)
+    assert capsys.readouterr().err == ""
+    clock = iter(range(0, 100, 1))
+    monkeypatch.setattr(shards_module.time, "monotonic", lambda: next(clock))
+    shards_module.index_shards([str(tmp_path / f"{number}.tar") for number in range(5)])
+    assert capsys.readouterr().err == "indexing shards (once): 3/5\n"
+
+
 # ---------------------------------------------------------------- one clear sentence
 
 

@@ -7,7 +7,8 @@ Used by: train/*; the only file that knows how many processes there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -95,6 +96,16 @@ def mean(x: Tensor, world: World) -> Tensor:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+@contextmanager
+def leader_first(world: World) -> Iterator[None]:
+    """The body runs in the leader, then in everybody else: for work that leaves a cache behind."""
+    if not world.leads:
+        barrier(world)
+    yield
+    if world.leads:
+        barrier(world)
 
 
 def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, compile_blocks: bool = False) -> None:

@@ -108,7 +108,7 @@ def quickstart() -> Config:
     text = TextTowerConfig(vocab=4096, length=24, width=128, depth=1, heads=4, mlp=512, pool="mean", proj="linear")
     preprocess = PreprocessConfig(size=64)
     objective = ObjectiveConfig(
-        distill=Term(1.0),
+        distill=Term(0.5),
         prototypes=PrototypeConfig(count=2048, hidden=256, bottleneck=64),
         teacher="head",
         momentum=0.99,
@@ -119,10 +119,10 @@ def quickstart() -> Config:
         "quickstart",
         model=ModelConfig(image, text, preprocess, embed_dim=128, scale_init=SOFTMAX_SCALE, bias_init=None),
         objective=objective,
-        views=ViewsConfig(globals=1, global_size=64, global_scale=(0.6, 1.0), locals=4, local_size=32, flip=False),
+        views=ViewsConfig(globals=1, global_size=64, global_scale=(0.8, 1.0), locals=3, local_size=32, flip=False),
         data=DataConfig(text_key="captions", workers=1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05),
-        train=TrainConfig(batch=256, samples=256 * 1000, save_every=250, log_every=10),
+        train=TrainConfig(batch=256, samples=256 * 900, save_every=250, log_every=10),
     )
 
 

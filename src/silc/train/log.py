@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from silc.config import Config, LogConfig, to_dict
+from silc.eval.metrics import Result
 
 
 def environment(command: list[str]) -> dict[str, Any]:
@@ -84,11 +85,10 @@ class Log:
         parts += [f"{bad} bad"] if bad else []
         self.say(f"step {step}/{self.steps}  " + "  ".join(parts) + f"  ETA {clock(left)}", passing=step < self.steps)
 
-    def evaluation(self, step: int, name: str, metrics: dict[str, float], chance: dict[str, float]) -> None:
-        samples = step * self.config.train.batch
-        self.write(
-            {"kind": "eval", "step": step, "samples": samples, "set": name, "metrics": metrics, "chance": chance}
-        )
+    def evaluation(self, step: int, name: str, result: Result) -> None:
+        samples, metrics, chance = step * self.config.train.batch, result.metrics, result.chance
+        row = {"kind": "eval", "step": step, "samples": samples, "set": name, "metrics": metrics, "chance": chance}
+        self.write(row | {"interval": result.details.get("interval", {})})
         shown = [f"{k} {v:.1%}" + (f" (chance {chance[k]:.1%})" if k in chance else "") for k, v in metrics.items()]
         self.say(f"  eval at step {step}  {name}: " + ", ".join(shown[:3]))
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from silc import parallel
 from silc.config import Config, save_json, to_dict
-from silc.data.images import BadSample
 from silc.data.loader import BadCount, batches
 from silc.data.pairs import Mixture, open_source
 from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
@@ -56,7 +54,8 @@ def train(config: Config) -> Path:
         )
     folder = Path(config.out)
     check_folder(folder, config)
-    mixture = Mixture([open_source(s, config.data) for s in _sources(config)], config.data.weights, config.seed)
+    with parallel.leader_first(world):  # the leader indexes shards once; the others read its index
+        mixture = Mixture([open_source(s, config.data) for s in _sources(config)], config.data.weights, config.seed)
     config, tokenizer = prepare(config, folder, mixture, world)
     task, optimizer = build(config, world)
     step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
@@ -149,17 +148,7 @@ def make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
     if asked != "train":
         return load_tokenizer(Path(asked), text.length)
     print("training a tokenizer on the captions ...", file=sys.stderr)
-    return train_tokenizer(islice(captions(mixture), TOKENIZER_CAPTIONS), text.vocab, text.length)
-
-
-def captions(mixture: Mixture) -> Iterator[str]:
-    """Captions in the order of the stream, so that every source is met; samples without one are skipped."""
-    for position in range(len(mixture)):
-        number, index = mixture.locate(position)
-        try:
-            yield from mixture.sources[number].captions(index)
-        except BadSample:
-            continue
+    return train_tokenizer(mixture.captions(TOKENIZER_CAPTIONS), text.vocab, text.length)
 
 
 def build(config: Config, world: World) -> tuple[Pretrain, torch.optim.AdamW]:
@@ -287,7 +276,7 @@ class Run:
             for name, folder in self.config.eval.sets.items():
                 try:
                     for label, result in evaluate(model, {name: folder}).items():
-                        self.log.evaluation(done, label, result.metrics, result.chance)
+                        self.log.evaluation(done, label, result)
                 except Exception as error:
                     self.log.say(f"  eval at step {done}  {name} failed: {error}")
         parallel.barrier(self.world)

@@ -106,14 +106,14 @@ class Student(nn.Module):
         encoded = dict(zip(names, self.model.image(groups, masks, token)))
         pooled = {n: e.pooled.unflatten(0, (-1, len(text))) for n, e in encoded.items()}
         with_text = [n for n in ("original", "globals") if n in pooled and aligned(n, c)]
-        learners = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
+        learned = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
         batch, lends = len(text), c.teacher == "head" and hyper.needs_teacher
         return Output(
             image=F.normalize(torch.cat([pooled[n] for n in with_text]).float(), dim=-1),
             text=F.normalize(self.model.text(text).float(), dim=-1),
             scale=self.model.scale,
             bias=self.model.bias,
-            views=self.view_head(torch.cat([pooled[n] for n in learners])) if self.view_head and hyper.distill else None,
+            views=self.view_head(torch.cat([pooled[n] for n in learned])) if self.view_head and hyper.distill else None,
             patches=self.patch_head(encoded["masked"].tokens) if self.patch_head and hyper.masked else None,
             # a head-only teacher reads the student's own features; sharded modules must not return views
             features=pooled["globals"].detach().clone() if lends else None,
