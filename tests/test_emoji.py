@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,8 @@ def test_a_complete_cache_is_reused_and_a_broken_one_is_rebuilt(corpus: Corpus, 
         archive.write_bytes(data)
     shard.unlink()
     assert not small(cache).reused and shard.read_bytes() == whole
+    for archive in cache.glob("drawings-*.zip"):
+        assert zipfile.ZipFile(archive).testzip() is None
 
 
 @needs_art

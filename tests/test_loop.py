@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import silc
 from silc.cli import main
@@ -251,3 +254,65 @@ def test_a_few_bad_pictures_are_skipped_and_counted(pairs: Path, tmp_path: Path)
     (bad / "red-circle-0.png").write_bytes(b"")
     main(command(bad, tmp_path / "run"))
     assert rows(tmp_path / "run")[-1]["bad"] > 0 and len(rows(tmp_path / "run")) == 40
+
+
+def test_each_kind_of_bad_sample_is_counted_by_its_cause(pairs: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pairs, data)
+    Image.effect_noise((400, 300), 60).convert("RGB").save(data / "whole.jpg")
+    jpeg = (data / "whole.jpg").read_bytes()
+    (data / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (data / "page.jpg").write_bytes(b"<!DOCTYPE html><html>404</html>")
+    (data / "empty.png").write_bytes(b"")
+    (data / "vast.png").write_bytes(png_header(30_000, 30_000))
+    names = ("truncated.jpg", "page.jpg", "empty.png", "vast.png", "nowhere.png", "whole.jpg")
+    with open(data / "captions.jsonl", "a") as file:
+        for name in names:
+            file.write(json.dumps({"image": name, "caption": "" if name == "whole.jpg" else "a thing"}) + "\n")
+    main(command(data, out, "--data.max-bad-fraction", "0.5"))
+    told = map(json.loads, (out / "bad_samples.jsonl").read_text().splitlines())
+    listed = {Path(row["id"]).name: row["cause"] for row in told}
+    assert set(listed) == set(names)
+    causes = [listed[name] for name in names]
+    assert causes == ["truncated", "not an image", "empty", "too large", "missing file", "no caption"]
+    assert len(rows(out)) == 40
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_an_empty_folder_and_a_table_without_captions_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(capsys, command(tmp_path / "empty", tmp_path / "a"), str(tmp_path / "empty"))
+    (tmp_path / "t.csv").write_text("file,words\na.png,hello\n")
+    refused(capsys, command(tmp_path / "t.csv", tmp_path / "b"), "words", "--data.text-key")
+    refused(capsys, command("pipe:touch x", tmp_path / "c"), "pipe:")  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists() and not Path("x").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_same_run_and_resumes_on_another_number_of_processes(
+    finished: Path, pairs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "silc"]
+    half = subprocess.Popen(
+        [*launcher, *command(pairs, out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    wait_for_step(out, 22, half)
+    os.killpg(half.pid, signal.SIGKILL)
+    half.wait()
+    assert launch(command(pairs, out)).wait() == 0
+    for key in ("loss", "contrast", "distill", "masked"):
+        found, expected = ([row[key] for row in rows(folder)] for folder in (out, finished))
+        assert found == pytest.approx(expected, rel=5e-3)
