@@ -57,9 +57,9 @@ def flops_per_sample(config: Config) -> Flops:
     on_d, on_m = ((1 - t.start) if t.weight > 0 else 0.0 for t in (o.distill, o.masked))
     on = max(on_d, on_m)
     aligned = {"global": v.globals, "original": 0, "both": v.globals}[o.contrast_views]
-    # global views that no text reads still pass the student when it learns from them or lends its features
-    lent = v.globals * on if aligned == 0 and (o.global_to_global or o.teacher == "head" or on) else 0.0
-    views = len(("original",)) if o.contrast_views != "global" else 0
+    # global views that no text reads pass the student only when it learns from them or lends its features
+    lent = v.globals * on if aligned == 0 and (o.global_to_global or o.teacher == "head") else 0.0
+    views = int(o.contrast_views != "global")
     student = views * original + (aligned + lent) * global_ + text_macs(m.text, m.embed_dim)
     student += (aligned + views) * 2 * config.train.batch * m.embed_dim
     learners = v.locals + (v.globals if o.global_to_global else 0)

@@ -6,6 +6,7 @@ Used by: train/loop.py. One step, as the paper tells it (SILC section 3), is `Pr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ class Pretrain(nn.Module):
             fresh = torch.where(fresh.isfinite().all(), fresh, getattr(self, name))
             getattr(self, name).lerp_(fresh, 1 - o.centre_momentum)
         self.new_centres.clear()
-        self.model.logit_scale.clamp_(max=float(torch.tensor(o.max_scale).log()))
+        self.model.logit_scale.clamp_(max=math.log(o.max_scale))
 
     def autocast(self) -> torch.autocast:
         kind, asked = self.world.device.type, self.config.train.precision
@@ -209,10 +210,7 @@ def _driven(out: Output, whole: Output, i: int, n: int) -> Tensor:
 
 
 def _pixels(batch: dict[str, Any], name: str, rows: slice, preprocess: PreprocessConfig) -> Tensor:
-    crops = batch[name]
-    if "photo" in batch:
-        mean_, std = (crops.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (preprocess.mean, preprocess.std))
-        return (photometric(crops, batch["photo"][rows]) - mean_) / std
+    crops = photometric(batch[name], batch["photo"][rows]) if "photo" in batch else batch[name]
     return normalise(crops, preprocess.mean, preprocess.std)
 
 

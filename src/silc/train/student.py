@@ -93,7 +93,10 @@ class Student(nn.Module):
         c, names = self.config, []
         groups: list[Tensor] = []
         masks: list[Tensor | None] = []
-        for name, pixels in (("original", views.original), ("globals", views.globals), ("locals", views.locals)):
+        lends = c.teacher == "head" and hyper.needs_teacher
+        reads_globals = aligned("globals", c) or lends or (c.global_to_global and hyper.distill > 0)
+        wanted = views.globals if reads_globals else None
+        for name, pixels in (("original", views.original), ("globals", wanted), ("locals", views.locals)):
             if pixels is not None:
                 groups.append(pixels.flatten(0, -4))
                 masks.append(None)
@@ -107,7 +110,6 @@ class Student(nn.Module):
         pooled = {n: e.pooled.unflatten(0, (-1, len(text))) for n, e in encoded.items()}
         with_text = [n for n in ("original", "globals") if n in pooled and aligned(n, c)]
         learned = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
-        batch, lends = len(text), c.teacher == "head" and hyper.needs_teacher
         return Output(
             image=F.normalize(torch.cat([pooled[n] for n in with_text]).float(), dim=-1),
             text=F.normalize(self.model.text(text).float(), dim=-1),
@@ -117,7 +119,7 @@ class Student(nn.Module):
             patches=self.patch_head(encoded["masked"].tokens) if self.patch_head and hyper.masked else None,
             # a head-only teacher reads the student's own features; sharded modules must not return views
             features=pooled["globals"].detach().clone() if lends else None,
-            tokens=encoded["globals"].tokens[:batch].detach().clone() if lends and hyper.masked > 0 else None,
+            tokens=encoded["globals"].tokens[: len(text)].detach().clone() if lends and hyper.masked > 0 else None,
         )
 
 
