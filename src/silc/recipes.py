@@ -122,7 +122,7 @@ def quickstart() -> Config:
         views=ViewsConfig(globals=1, global_size=64, global_scale=(0.8, 1.0), locals=3, local_size=32, flip=False),
         data=DataConfig(text_key="captions", workers=1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05),
-        train=TrainConfig(batch=256, samples=256 * 900, save_every=250, log_every=10),
+        train=TrainConfig(batch=256, samples=256 * 800, save_every=250, log_every=10),
     )
 
 
