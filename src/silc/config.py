@@ -26,22 +26,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageTowerConfig:
-    """A ViT. The five switches `pool`, `pre_norm`, `act`, `cls_token`, `proj` tell the released families apart."""
+    """A ViT. The switches `pool`, `pre_norm`, `act`, `patch_bias` and `proj` tell the released families apart."""
 
     image_size: int = 256
     """Side of the square whose patch grid the position table has, in pixels; other sizes resize the table."""
     patch: int = 16
+    """Side of a patch in pixels."""
     width: int = 768
+    """Width of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Attention heads; they share the width."""
     mlp: int = 3072
     """Hidden width of the MLPs (also of the MAP head's)."""
     pool: Literal["map", "cls", "mean"] = "map"
+    """From tokens to one vector: attention pooling (SigLIP), class token (CLIP), or mean."""
     act: Activation = "gelu_tanh"
+    """Activation of the MLPs; the tanh form is what JAX calls gelu."""
     norm_eps: float = 1e-6
+    """Epsilon of the layer norms: 1e-6 in SigLIP, 1e-5 in CLIP."""
     pre_norm: bool = False
     """A norm before the first block (CLIP)."""
     patch_bias: bool = True
+    """Does the patch embedding have a bias? (CLIP's has none.)"""
     proj: Literal["none", "linear", "affine"] = "none"
     """Map from width to the shared space: nothing (SigLIP), a matrix (CLIP), a matrix with bias."""
 
@@ -53,19 +61,31 @@ class ImageTowerConfig:
 @dataclass(frozen=True)
 class TextTowerConfig:
     vocab: int = 32000
+    """Size of the vocabulary; a run takes its tokenizer's."""
     length: int = 64
+    """Tokens of every text: longer ones are cut before their end token, shorter ones padded."""
     width: int = 768
+    """Width of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Attention heads; they share the width."""
     mlp: int = 3072
+    """Hidden width of the MLPs."""
     act: Activation = "gelu_tanh"
+    """Activation of the MLPs."""
     norm_eps: float = 1e-6
+    """Epsilon of the layer norms."""
     causal: bool = False
+    """Does a token see only what comes before it? (CLIP)"""
     pool: Literal["last", "eos", "mean"] = "last"
     """Read the last position (SigLIP), the first end token (CLIP), or the mean over all but padding."""
     eos_id: int = 1
+    """End token; a run takes its tokenizer's."""
     pad_id: int = 1
+    """Padding token; a run takes its tokenizer's."""
     proj: Literal["linear", "affine"] = "affine"
+    """Map from width to the shared space, without or with bias."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +97,11 @@ class PreprocessConfig:
     resize: Literal["squash", "crop"] = "squash"
     """`squash`: both sides to `size` (SigLIP); `crop`: short side to `size`, then the centre square (CLIP)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Antialiased either way."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from each channel of pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides each channel after that."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,7 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     embed_dim: int = 768
+    """Width of the space that pictures and texts share."""
     scale_init: float = 10.0
     """Initial inverse temperature exp(logit_scale): 10 for the sigmoid loss, 1/0.07 for softmax."""
     bias_init: float | None = -10.0
@@ -111,9 +135,13 @@ class PrototypeConfig:
     """The projection head and its prototypes (DINO form)."""
 
     count: int = 65536
+    """K, the number of prototypes."""
     hidden: int = 2048
+    """Hidden width of the MLP before them."""
     bottleneck: int = 256
+    """Width in which cosines with the prototypes are taken."""
     layers: int = 3
+    """Layers of that MLP."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +149,7 @@ class ObjectiveConfig:
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Form of the image-text contrastive loss."""
     contrast: Term = Term(1.0)
+    """The image-text term."""
     contrast_views: Literal["global", "original", "both"] = "global"
     """Which views the text is aligned with. The paper says every global view; SigLIP 2 says the original image."""
     max_scale: float = 100.0
@@ -134,6 +163,7 @@ class ObjectiveConfig:
     masked_form: Literal["masked", "all"] = "masked"
     """`masked`: only hidden patches count (iBOT); `all`: visible ones too (TIPSv2)."""
     mask_ratio: float = 0.5
+    """Share of patches hidden from the student."""
     prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
     teacher: Literal["full", "head"] = "full"
     """`full`: EMA copy of tower and head; `head`: EMA of the head only on the student's own features (TIPSv2)."""
@@ -141,20 +171,29 @@ class ObjectiveConfig:
     """EMA momentum at a batch of `momentum_batch`; fixed, and scaled to the batch as m^(batch / momentum_batch)."""
     momentum_batch: int = 16384
     teacher_temp: float = 0.04
+    """Temperature of the teacher's targets; lower is sharper."""
     student_temp: float = 0.1
+    """Temperature of the student's predictions."""
     centre_momentum: float = 0.9
+    """Momentum of the mean that is subtracted from the teacher's logits."""
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
     globals: int = 1
+    """Large views a picture: the text's, the teacher's, or both."""
     global_size: int = 256
+    """Side of a global view in pixels."""
     global_scale: tuple[float, float] = (0.4, 1.0)
     """Area of the crop as a share of the picture."""
     locals: int = 0
+    """Small views a picture, seen by the student alone."""
     local_size: int = 96
+    """Side of a local view in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.4)
+    """Area of the crop as a share of the picture."""
     flip: bool = True
+    """Mirror half of the views; off where captions say left and right."""
     photometric: Literal["none", "dino"] = "none"
     """`dino`: colour jitter, grey, blur and solarise with the published probabilities."""
 
@@ -166,23 +205,33 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture; empty: in proportion to their sizes."""
     image_key: str = "image"
+    """Column of the picture's path."""
     text_key: str = "caption"
     """Column, or for a shard's `.json` member the key, of the caption; a list of captions is sampled from."""
     tokenizer: str = "train"
     """`train` one on the captions, `bytes`, or a tokenizer.json / SentencePiece .model / folder."""
     workers: int = 2
+    """Processes that decode and crop; 0 does it in the training process."""
     max_pixels: int = 100_000_000
+    """Larger pictures are skipped before they are decoded."""
     max_bad_fraction: float = 0.05
+    """Share of unreadable samples above which the run stops."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-3
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
     eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 1e-4
+    """On matrices only."""
     clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it."""
     schedule: Literal["cosine", "rsqrt", "constant"] = "cosine"
+    """Of the learning rate, after the warm-up."""
     warmup: float = 0.05
     """Share of the run that warms up."""
     cooldown: float = 0.2
@@ -200,16 +249,21 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 compute on a GPU, fp32 on a CPU. Weights, teacher, losses and norms stay fp32."""
     device: str = "auto"
+    """`auto` takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = False
+    """Compile each block (torch.compile); the first step takes long."""
     checkpoint_blocks: bool = False
     """Recompute each block in the backward pass instead of storing it."""
     shard: int = 1
     """Processes that share one copy of weights and optimiser state (FSDP2); 1 replicates (DDP)."""
     save_every: int = 1000
+    """Steps between checkpoints."""
     keep: int = 2
+    """Checkpoints that are kept."""
     log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
     max_nonfinite: int = 3
     """Skipped steps (NaN or infinite gradient) after which the run stops."""
 
@@ -225,14 +279,19 @@ class EvalConfig:
 @dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = False
+    """Mirror the numbers to RUN/tensorboard."""
     wandb: bool = False
+    """Mirror the numbers to Weights & Biases (goes on the network)."""
 
 
 @dataclass(frozen=True)
 class Config:
     recipe: str = "custom"
+    """Name of what this config was derived from."""
     out: str = "runs/silc"
+    """The run folder; an interrupted run in it is gone on with."""
     seed: int = 0
+    """Of weights, order, crops and masks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -1,0 +1,92 @@
+"""Writes README.md beside it from the raw files of `silc quickstart --compare`: python make.py [RUNS]
+
+With RUNS (the folder that the command wrote) the raw files are first copied here from it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from silc import plan
+from silc.app.runs import duration, read_run
+from silc.config import Config, load_json
+
+HERE = Path(__file__).parent
+RUNS = {"SILC": HERE / "silc", "CLIP": HERE / "clip"}
+SHOWN = {
+    "retrieval/concepts": ("text_to_image_r1", "image_to_text_r1"),
+    "zeroshot/concepts": ("top1",),
+    "retrieval/style": ("text_to_image_r1", "image_to_text_r1"),
+    "zeroshot/style": ("top1",),
+    "segment/scenes": ("miou", "pixel_accuracy"),
+}
+
+
+def keep(source: Path) -> None:
+    """Copy what the page is made from; predictions per picture stay behind."""
+    for run in RUNS.values():
+        (run / "eval").mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "env.json", "metrics.jsonl"):
+            shutil.copy(source / run.name / name, run / name)
+        for file in sorted((source / run.name / "eval").glob("*.json")):
+            data = json.loads(file.read_text())
+            slim = {k: v for k, v in data["details"].items() if k in ("count", "interval", "protocol", "templates")}
+            (run / "eval" / file.name).write_text(json.dumps({**data, "details": slim}, indent=1) + "\n")
+
+
+def result(run: Path, name: str) -> dict[str, dict[str, float]]:
+    return json.loads((run / "eval" / f"{name.replace('/', '-')}.json").read_text())
+
+
+def cell(data: dict, metric: str) -> str:
+    low_high = data["details"].get("interval", {}).get(metric)
+    spread = f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else ""
+    return f"{100 * data['metrics'][metric]:.1f}{spread}"
+
+
+def page() -> str:
+    lines = ["| set | metric | SILC | CLIP | chance |", "|---|---|---|---|---|"]
+    for name, metrics in SHOWN.items():
+        found = [result(run, name) for run in RUNS.values()]
+        for metric in metrics:
+            cells = [cell(data, metric) for data in found]
+            lines.append(f"| {name} | {metric} | {cells[0]} | {cells[1]} | {100 * found[0]['chance'][metric]:.2f} |")
+    costs = ["| | pairs seen | MFLOP a pair | TFLOP in all | training time |", "|---|---|---|---|---|"]
+    for name, folder in RUNS.items():
+        config = load_json(folder / "config.json", Config)
+        flops, pairs = plan.flops_per_sample(config).total, config.steps * config.train.batch
+        spent = duration(read_run(name, folder).seconds)
+        costs.append(f"| {name} | {pairs:,} | {flops / 1e6:.0f} | {flops * pairs / 1e12:.1f} | {spent} |")
+    env = json.loads((RUNS["SILC"] / "env.json").read_text())
+    machine = f"{env['cpu']}, {env['cpus']} CPUs, torch {env['torch']}, commit {env['git'][:10]}"
+    return TEXT.format(scores="\n".join(lines), costs="\n".join(costs), machine=machine)
+
+
+TEXT = """\
+# SILC beside CLIP in the quickstart
+
+Command: `python3 run.py quickstart --compare`, one seed. Machine: {machine}; other jobs ran beside it, so the times are
+upper bounds. The raw files lie beside this page, which `python make.py` writes from them.
+
+Both models see the same pairs in the same order; CLIP is the same recipe without distillation and without local views.
+Scores are percent with 95% bootstrap intervals over the evaluation pictures (not over training seeds); for segmentation
+`chance` is the best constant prediction.
+
+{scores}
+
+Equal pairs are not equal compute:
+
+{costs}
+
+What this says: the machinery works, and every score is many times its chance level. It does **not** say that SILC beats
+CLIP: where intervals overlap the difference is not shown, with one seed and one small model it could not be, and per FLOP
+the comparison favours CLIP.
+"""
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        keep(Path(sys.argv[1]))
+    (HERE / "README.md").write_text(page())
