@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -84,6 +85,14 @@ class Log:
         parts += [f"{row['images_per_s']:.0f} img/s", f"wait {row['wait']:.0%}", f"{row['memory_mb']:.0f} MB"]
         parts += [f"{bad} bad"] if bad else []
         self.say(f"step {step}/{self.steps}  " + "  ".join(parts) + f"  ETA {clock(left)}", passing=step < self.steps)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in which the run does not train (an evaluation): it counts neither in rates nor in the time left."""
+        began = time.monotonic()
+        yield
+        spent = time.monotonic() - began
+        self.started, self.last = self.started + spent, self.last + spent
 
     def evaluation(self, step: int, name: str, result: Result) -> None:
         samples, metrics, chance = step * self.config.train.batch, result.metrics, result.chance

@@ -194,7 +194,8 @@ class Run:
         c, task = self.config, self.task
         guard = Guard(self.folder, c.objective.prototypes.count, c.train.max_nonfinite)
         if first == 0:
-            self.evaluate(0)
+            with self.log.paused():
+                self.evaluate(0)
         stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size)
         with closing(stream), Signals() as asked:
             for step in range(first, c.steps):
@@ -213,7 +214,8 @@ class Run:
                 if done % c.train.save_every == 0 or stop:
                     self.save(done)
                 if c.eval.every and done % c.eval.every == 0 and done < c.steps:
-                    self.evaluate(done)
+                    with self.log.paused():
+                        self.evaluate(done)
                 if asked and done < c.steps:
                     raise Stopped(f"stopped by {asked[0]} at step {done}, saved. The same command goes on from there.")
         if first < c.steps:
