@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -54,12 +55,14 @@ def page() -> str:
         for metric in metrics:
             cells = [cell(data, metric) for data in found]
             lines.append(f"| {name} | {metric} | {cells[0]} | {cells[1]} | {100 * found[0]['chance'][metric]:.2f} |")
-    costs = ["| | pairs seen | MFLOP a pair | TFLOP in all | training time |", "|---|---|---|---|---|"]
+    costs = ["| | pairs seen | MFLOP a pair | TFLOP in all | median pairs/s | wall time |", "|---|---|---|---|---|---|"]
     for name, folder in RUNS.items():
         config = load_json(folder / "config.json", Config)
         flops, pairs = plan.flops_per_sample(config).total, config.steps * config.train.batch
-        spent = duration(read_run(name, folder).seconds)
-        costs.append(f"| {name} | {pairs:,} | {flops / 1e6:.0f} | {flops * pairs / 1e12:.1f} | {spent} |")
+        run = read_run(name, folder)
+        speed = statistics.median(run.series("images_per_s")[1])
+        row = (name, f"{pairs:,}", f"{flops / 1e6:.0f}", f"{flops * pairs / 1e12:.1f}", f"{speed:.0f}", duration(run.seconds))
+        costs.append("| " + " | ".join(row) + " |")
     env = json.loads((RUNS["SILC"] / "env.json").read_text())
     machine = f"{env['cpu']}, {env['cpus']} CPUs, torch {env['torch']}, commit {env['git'][:10]}"
     return TEXT.format(scores="\n".join(lines), costs="\n".join(costs), machine=machine)
@@ -68,8 +71,9 @@ def page() -> str:
 TEXT = """\
 # SILC beside CLIP in the quickstart
 
-Command: `python3 run.py quickstart --compare`, one seed. Machine: {machine}; other jobs ran beside it, so the times are
-upper bounds. The raw files lie beside this page, which `python make.py` writes from them.
+Command: `python3 run.py quickstart --compare`, one seed. Machine: {machine}.
+Other jobs ran beside it, more of them beside CLIP: the wall times are upper bounds and do not compare the two; the median
+of the logged rates comes closer. The raw files lie beside this page, which `python make.py` writes from them.
 
 Both models see the same pairs in the same order; CLIP is the same recipe without distillation and without local views.
 Scores are percent with 95% bootstrap intervals over the evaluation pictures (not over training seeds); for segmentation
