@@ -134,6 +134,8 @@ def test_asked_to_stop_it_saves_and_goes_on(finished: Path, pairs: Path, tmp_pat
     assert process.returncode == 75 and "stopped by SIGTERM" in said and "Traceback" not in said
     assert launch(args).wait() == 0
     assert story(tmp_path / "run") == story(finished)
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert [again["step"] for again in env["resumed"]] == [int(said.split("at step ")[1].split(",")[0])]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(

@@ -17,8 +17,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from silc.app import plots
-from silc.app.report import Section, build, duration, metric_name, read_run, score, times
+from silc.app import grids, plots
+from silc.app.report import Section, build
+from silc.app.runs import duration, interval, metric_name, read_run, score, set_names, span, times
 from silc.config import Config, ObjectiveConfig, PrototypeConfig, Term, TrainConfig, ViewsConfig, save_json
 
 EVIL = "<script>alert('cat')</script>"
@@ -66,8 +67,11 @@ def fake_run(folder: Path, distilled: bool, tail: str = "") -> Path:
         for name, metrics in SETS.items():
             full = 1 - math.exp(-3.2)
             values = {k: a + (b * (1 if distilled else 0.78) - a) * rise / full for k, (a, b, _) in metrics.items()}
+            # As evaluations tell it: means of hits have an interval, mIoU has none.
+            spread = {k: 0.09 if k == "text_to_image_r1" else 0.02 for k in values if k not in ("miou", "top5")}
             lines.append({"kind": "eval", "step": step, "samples": step * 256, "set": name, "metrics": values,
-                          "chance": {k: c for k, (_, _, c) in metrics.items()}})
+                          "chance": {k: c for k, (_, _, c) in metrics.items()},
+                          "interval": {k: [values[k] - d, values[k] + d] for k, d in spread.items()}})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + tail)
     return folder
 
@@ -88,8 +92,8 @@ def fake_sections(folder: Path, evil: str) -> list[Section]:
     rng = np.random.default_rng(0)
     found = [[(drawing(rng)[0], bool(j == i or (i, j) == (0, 2)), 0.31 - 0.02 * j) for j in range(6)] for i in range(3)]
     queries = ["a red disc beside a blue box", "costs $5 or $6 \\foo", "many small things " * 12]
-    retrieval = plots.retrieval_grid(queries, found, folder / "found pictures.png")
-    rows: list[plots.MapRow] = []
+    retrieval = grids.retrieval_grid(queries, found, folder / "found pictures.png")
+    rows: list[grids.MapRow] = []
     for i in range(3):
         image, truth = drawing(rng, 64 + 16 * i)
         maps = [(text, (truth == c) * 0.25 + rng.normal(0, 0.03, truth.shape))
@@ -97,7 +101,7 @@ def fake_sections(folder: Path, evil: str) -> list[Section]:
         rows.append({"image": image.transpose(2, 0, 1) if i else image, "maps": maps, "truth": truth,
                      "prediction": np.argmax([maps[2][1], maps[0][1], maps[1][1]], 0),
                      "names": ["background", "disc", "box"], "palette": None})
-    maps_path = plots.map_grid(rows, folder / "maps.png")
+    maps_path = grids.map_grid(rows, folder / "maps.png")
     return [Section("What it finds", "The six pictures nearest to each text, best first.\n\nA green frame and a tick "
                     "mark the right ones.", [(retrieval, "Text to picture, on drawings held out from training.")]),
             Section("Where it sees it", "Cosine of each patch with each text, and the mask that follows.",
@@ -108,10 +112,11 @@ def fake_sections(folder: Path, evil: str) -> list[Section]:
 def fake_report(folder: Path, evil: str = EVIL) -> Path:
     runs = {"SILC": fake_run(folder / "silc", True), f"CLIP {evil}".strip(): fake_run(folder / "clip", False)}
     return build(runs, folder / "out", fake_sections(folder / "drawn", evil),
-                 [("draw the corpus", 48.2), ("train SILC", 823.0), (f"train CLIP {evil}".strip(), 611.5),
-                  ("evaluate", 57.0)],
+                 [("reuse the corpus", 0.01), ("draw the corpus", 48.2), ("train SILC", 823.0),
+                  (f"train CLIP {evil}".strip(), 611.5), ("evaluate", 57.0)],
                  f"SILC and CLIP on the same pairs {evil}".strip(),
-                 [("Machine", "2 CPU cores"), ("Compute", "3.1e15 FLOPs")])
+                 [("Machine", "2 CPU cores"), ("Compute", "3.1e15 FLOPs")],
+                 {"zeroshot/emoji": f"Held-out emoji {evil}".strip()}, "Two runs on made-up numbers.")
 
 
 class Page(HTMLParser):
@@ -156,12 +161,45 @@ def page(report) -> Page:
 
 def test_headline_numbers(page):
     rows = {row[0]: row[1:] for row in page.rows[1:]}
-    assert rows["text → image R@1"] == ["41.2% 41.2×", "32.2% 32.2×", "1.0%"]  # 0.4123; 0.4123 * 0.78; 0.01
-    assert rows["top-1"] == ["31.8% 63.6×", "24.8% 49.6×", "0.5%"]
-    assert rows["mIoU"] == ["37.2% 3.15×", "29.0% 2.46×", "best constant 11.8%"]
+    # 0.4123 and 0.4123 * 0.78, each with 0.09 to either side; chance 0.01
+    assert rows["text → image R@1"] == ["41.2% 32.2–50.2% 41×", "32.2% 23.2–41.2% 32×", "1.0%"]
+    assert rows["top-1"] == ["31.8% 29.8–33.8% 64×", "24.8% 22.8–26.8% 50×", "0.5%"]
+    assert rows["mIoU"] == ["37.2% 3.2×", "29.0% 2.5×", "best constant 11.8%"]
     assert page.rows[0] == ["Metric", "SILC", f"CLIP {EVIL}", "Chance"]
-    assert [row for row in page.rows if len(row) == 1] == [["style retrieval"], ["emoji zeroshot"], ["scenes segment"]]
+    assert [row for row in page.rows if len(row) == 1] == [
+        ["style retrieval"], [f"Held-out emoji {EVIL} zero-shot classification"], ["scenes segmentation"]]
     assert len(page.rows) == 1 + len(SETS) + sum(map(len, SETS.values()))
+
+
+def test_only_decided_differences_are_marked(page):
+    """Overlapping intervals (text to image R@1), and scores without (mIoU, top-5), are not called a win."""
+    best = [a["class"] for tag, a in page.tags if tag == "td" and "score" in (a.get("class") or "")]
+    names = [row[0] for row in page.rows[1:] if len(row) > 1 for _ in range(2)]
+    marked = [name for name, kind in zip(names, best) if "best" in kind]
+    assert marked == ["text → image R@5", "image → text R@1", "image → text R@5", "top-1", "pixel accuracy"]
+    assert best[names.index("top-1")] == "num score best"  # the first run's, which is higher
+
+
+def test_without_intervals_no_difference_is_marked(tmp_path):
+    runs = {"a": fake_run(tmp_path / "a", True), "b": fake_run(tmp_path / "b", False)}
+    for folder in runs.values():
+        path = folder / "metrics.jsonl"
+        path.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "interval"}) + "\n"
+                                for line in path.read_text().splitlines()))
+    html = build(runs, tmp_path / "out", [], [], "t", []).read_text()
+    assert "no difference is marked" in html and "score best" not in html and 'class="span"' not in html
+
+
+def test_order_of_the_page(page):
+    titles = [v for tag, a in page.tags if tag == "section" for v in [a["id"]]]
+    assert titles == ["results", "section-1", "section-2", "learning", "loss", "teacher", "optimisation", "speed",
+                      "time", "facts", "settings"]
+    assert [a["href"][1:] for _, a in page.tags if (a.get("href") or "").startswith("#")] == titles
+
+
+def test_phases_too_short_to_see_are_left_out(page):
+    text = re.sub(r"\s+", " ", " ".join(page.text))
+    assert "reuse the corpus" not in text and "draw the corpus" in text and "parts under 1% are not shown" in text
 
 
 def test_data_cannot_become_markup(page):
@@ -258,10 +296,30 @@ def test_score(value, percent, text):
 
 
 @pytest.mark.parametrize("value, chance, text", [
-    (0.5, 0.01, "50.0×"), (0.03, 0.01, "3.00×"), (0.996, 0.001, "996×"), (0.0998, 0.01, "10.0×"), (0.5, 0, "–"),
-    (0.5, None, "–"), (None, 0.1, "–")])
+    (0.5, 0.01, "50×"), (0.03, 0.01, "3.0×"), (0.996, 0.001, "1,000×"), (0.0998, 0.01, "10×"), (0.005, 0.01, "0.50×"),
+    (0.0, 0.01, "0×"), (0.412, 0.01, "41×"), (0.5, 0, "–"), (0.5, None, "–"), (None, 0.1, "–")])
 def test_times(value, chance, text):
     assert times(value, chance) == text
+
+
+@pytest.mark.parametrize("ends, percent, text", [
+    ((0.381, 0.4444), True, "38.1–44.4%"), ((0.0, 0.0049), True, "0.00–0.49%"), ((1.5, 22), False, "1.5–22"),
+    (None, True, "")])
+def test_span(ends, percent, text):
+    assert span(ends, percent) == text
+
+
+@pytest.mark.parametrize("given", [None, 5, {}, {"top1": None}, {"top1": [0.1]}, {"top1": [0.3, 0.2]},
+                                   {"top1": [math.nan, 0.2]}, {"top1": ["a", "b"]}])
+def test_nonsense_intervals_are_none(given):
+    assert interval({"interval": given}, "top1") is None
+
+
+def test_set_names():
+    labels = {"segment/scenes": "Held-out scenes"}
+    assert set_names("segment/scenes", labels) == ("Held-out scenes", "segmentation")
+    assert set_names("zeroshot/pets", labels) == ("pets", "zero-shot classification")
+    assert set_names("retrieval", labels) == ("retrieval", "retrieval")
 
 
 @pytest.mark.parametrize("seconds, text", [
@@ -284,27 +342,59 @@ def test_smooth_is_the_mean_of_known_neighbours():
 
 
 def test_mask_colours_differ_and_follow_the_palette():
-    assert len({tuple(c) for c in plots.mask_colours(32).round(3)}) == 32
-    np.testing.assert_allclose(plots.mask_colours(2, [[255, 0, 51], [0, 0, 0], [1, 1, 1]]), [[1, 0, 0.2], [0, 0, 0]])
+    assert len({tuple(c) for c in grids.mask_colours(32).round(3)}) == 32
+    np.testing.assert_allclose(grids.mask_colours(2, [[255, 0, 51], [0, 0, 0], [1, 1, 1]]), [[1, 0, 0.2], [0, 0, 0]])
     with pytest.raises(ValueError, match="2 colours for 3 classes"):
-        plots.mask_colours(3, [[0, 0, 0], [1, 1, 1]])
+        grids.mask_colours(3, [[0, 0, 0], [1, 1, 1]])
 
 
-def test_masks_are_painted_class_by_class_and_grey_outside():
-    row: plots.MapRow = {"image": None, "maps": [], "truth": None, "prediction": None, "names": ["a", "b"],
-                         "palette": [[255, 0, 0], [0, 255, 0]]}
-    painted = plots._paint(np.array([[0, 1], [255, -1]]), row)
-    np.testing.assert_allclose(painted, [[[1, 0, 0], [0, 1, 0]], [plots.VOID, plots.VOID]])
+def map_row(truth, prediction, names, palette=None) -> grids.MapRow:
+    return {"image": np.zeros((*np.shape(truth), 3)), "maps": [], "truth": np.array(truth),
+            "prediction": np.array(prediction), "names": names, "palette": palette}
+
+
+def test_masks_are_painted_class_by_class():
+    row = map_row([[0, 1], [255, 1]], [[0, 0], [255, -1]], ["a", "b"], [[255, 0, 0], [0, 255, 0]])
+    painted = grids._paint(np.array([[0, 1], [255, -1]]), row, (0.5, 0.5, 0.5))
+    np.testing.assert_allclose(painted, [[[1, 0, 0], [0, 1, 0]], [[0.5] * 3] * 2])
+
+
+def test_classes_of_a_picture_get_the_colours_that_differ_most():
+    """Of 100 classes, the true one, then predicted ones by size, take the first colours; the legend tells them so."""
+    row = map_row([[90, 90], [255, 255]], [[17, 42], [42, 255]], [f"class {i}" for i in range(100)])
+    colours = grids._colours(row)
+    np.testing.assert_allclose(colours[[90, 42, 17]], grids.mask_colours(3))
+    assert len({tuple(c) for c in colours[[0, 1, 17, 42, 90]]}) == 5
+    lines = grids._legend(row, 3.0)
+    assert [name for line in lines for name, _, _ in line] == ["class 90", "class 42", "class 17", "not labelled"]
+
+
+def test_blocks_flow_over_the_page_without_overlap():
+    sizes = [(4.7, 1.5), (4.7, 1.9), (5.9, 1.0), (4.7, 1.0), (7.0, 1.0)]
+    places, width, height = grids._flow(sizes)
+    assert width <= grids.PAGE and places[0][1] == places[1][1] < places[2][1] < places[3][1]
+    boxes = [(left, top, left + w, top + h) for (left, top), (w, h) in zip(places, sizes)]
+    for i, a in enumerate(boxes):
+        assert a[2] <= width and a[3] <= height
+        for b in boxes[:i]:
+            assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+
+
+@pytest.mark.parametrize("text", ["a dog", "a very long name of a thing that nobody can fit in here", "W" * 40])
+def test_titles_fit_their_cell(text):
+    lines = grids._wrap(text, grids.SMALL, grids.CELL)
+    assert 1 <= len(lines) <= 2 and all(plots.text_width(line, grids.SMALL) <= grids.CELL for line in lines)
+    assert " ".join(lines) == text or lines[-1].endswith("…")
 
 
 def test_grids_refuse_nonsense(tmp_path):
     for queries, rows in (([], []), (["a"], []), (["a"], [[]])):
         with pytest.raises(ValueError, match="each query needs its pictures"):
-            plots.retrieval_grid(queries, rows, tmp_path / "a.png")
+            grids.retrieval_grid(queries, rows, tmp_path / "a.png")
     with pytest.raises(ValueError, match="no pictures"):
-        plots.map_grid([], tmp_path / "a.png")
+        grids.map_grid([], tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"not \[4, 4\]"):
-        plots.retrieval_grid(["a"], [[(np.zeros((4, 4)), True, 0.0)]], tmp_path / "a.png")
+        grids.retrieval_grid(["a"], [[(np.zeros((4, 4)), True, 0.0)]], tmp_path / "a.png")
 
 
 if __name__ == "__main__":

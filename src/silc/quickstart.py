@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from silc import plan, recipes
-from silc.app import plots, report
+from silc.app import grids, report
 from silc.app.report import Section
+from silc.app.runs import duration, read_run
 from silc.config import Config, Term
 from silc.data.emoji import Corpus, build
 from silc.data.images import normalise, preprocess
@@ -32,6 +33,14 @@ from silc.predict import load
 from silc.train.loop import train
 
 QUERIES, SCENES = 8, 6
+LABELS = {
+    "retrieval/concepts": "Held-out concepts",
+    "zeroshot/concepts": "Held-out concepts",
+    "retrieval/style": "Held-out drawing style",
+    "zeroshot/style": "Held-out drawing style",
+    "segment/scenes": "Held-out scenes",
+}
+SUMMARY = "Trained from nothing, on scenes composed of emoji with captions that name what is in them."
 
 
 def quickstart(
@@ -81,10 +90,10 @@ def quickstart(
         facts = [("Training scenes", f"{scenes:,}"), ("Corpus", str(corpus.folder))]
         title = "SILC and CLIP on composed scenes" if compare else "SILC on composed scenes"
         # drawn twice so that the page can tell the time of its own drawing
-        page = report.build(runs, out, sections, phases, title, facts)
-    page = report.build(runs, out, sections, phases, title, facts)
+        page = report.build(runs, out, sections, phases, title, facts, LABELS, SUMMARY)
+    page = report.build(runs, out, sections, phases, title, facts, LABELS, SUMMARY)
     for label, seconds in phases:
-        say(f"{report.duration(seconds):>8}  {label}")
+        say(f"{duration(seconds):>8}  {label}")
     say(f"\nreport:  {page}\nmodel:   {runs['SILC'] / 'export'}   (try: silc heatmap {runs['SILC']} PICTURE -t WORDS)")
 
 
@@ -121,7 +130,7 @@ def cost_section(plans: dict[str, Config], runs: dict[str, Path]) -> Section:
     """What each run paid: equal samples are not equal compute, so both stand side by side."""
     rows = []
     for name, config in plans.items():
-        per_pair, run = plan.flops_per_sample(config).total, report.read_run(name, runs[name])
+        per_pair, run = plan.flops_per_sample(config).total, read_run(name, runs[name])
         pairs = config.steps * config.train.batch
         rows.append(
             (
@@ -129,7 +138,7 @@ def cost_section(plans: dict[str, Config], runs: dict[str, Path]) -> Section:
                 f"{pairs:,}",
                 f"{per_pair / 1e6:.0f}",
                 f"{pairs * per_pair / 1e12:.1f}",
-                report.duration(run.seconds),
+                duration(run.seconds),
             )
         )
     text = (
@@ -144,7 +153,7 @@ def retrieval_section(name: str, results: dict[str, Result], folder: Path) -> Se
     found = results["retrieval/style"].details["neighbours"]["text_to_image"]
     chosen = found[:: max(1, len(found) // QUERIES)][:QUERIES]
     rows = [[(_rgb(hit["path"]), hit["right"], hit["cosine"]) for hit in query["found"]] for query in chosen]
-    path = plots.retrieval_grid([query["text"] for query in chosen], rows, folder / "eval" / "retrieved.png")
+    path = grids.retrieval_grid([query["text"] for query in chosen], rows, folder / "eval" / "retrieved.png")
     text = (
         "Each name, and the five drawings nearest to it among all of the held-out style. "
         "Queries are evenly spaced, not picked."
@@ -158,7 +167,7 @@ def maps_section(name: str, corpus: Corpus, model: Silc, folder: Path) -> Sectio
     """Patch-text maps of held-out scenes beside the true masks."""
     data = open_masked(corpus.evals["segment/scenes"])
     spaced = [i * len(data) // SCENES for i in range(SCENES)]
-    path = plots.map_grid([map_row(model, data, i) for i in spaced], folder / "eval" / "maps.png")
+    path = grids.map_grid([map_row(model, data, i) for i in spaced], folder / "eval" / "maps.png")
     text = (
         "Held-out scenes: cosine of each patch with the name of each object in the scene; then the prediction over all "
         f"{len(data.classes)} class names, and the true mask. No mask was seen in training. "
@@ -167,7 +176,7 @@ def maps_section(name: str, corpus: Corpus, model: Silc, folder: Path) -> Sectio
     return Section(f"{name}: patch-text maps", text, [(path, "Maps of one scene share a colour scale.")])
 
 
-def map_row(model: Silc, data: Masked, index: int) -> plots.MapRow:
+def map_row(model: Silc, data: Masked, index: int) -> grids.MapRow:
     import torch
 
     names = [group[0] for group in data.classes]
@@ -181,7 +190,7 @@ def map_row(model: Silc, data: Masked, index: int) -> plots.MapRow:
     prediction = torch.where(truth == (data.void if data.void is not None else -1), truth, grown.argmax(0))
     shown: list[tuple[str, Any]] = [(names[c], maps[c].numpy()) for c in present]
     row = {"image": image.numpy(), "maps": shown, "truth": truth.numpy(), "prediction": prediction.numpy()}
-    return plots.MapRow(**row, names=names, palette=data.palette)  # type: ignore[typeddict-item]
+    return grids.MapRow(**row, names=names, palette=data.palette)  # type: ignore[typeddict-item]
 
 
 def _rgb(path: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a run writes down: metrics.jsonl (the truth), a progress line, and optional mirrors of it.
 
 Gives: Log, environment, forget.
-Used by: train/loop.py; app/report.py reads the files.
+Used by: train/loop.py; app/runs.py reads the files.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def train(config: Config) -> Path:
         step = facts["step"]
         bad.restore(facts["bad"])
         forget(folder / "bad_samples.jsonl", lambda row: row["position"] < facts["position"])
+    if world.leads and step < config.steps:
+        note_environment(folder, world, step)
     log = Log(config, folder, world.leads, step)
     log.say(describe(config, task, mixture, world, step))
     run = Run(config, folder, world, task, optimizer, log, tokenizer, bad)
@@ -135,10 +137,17 @@ def prepare(config: Config, folder: Path, mixture: Mixture, world: World) -> tup
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
     if world.leads:
         save_json(folder / "config.json", config)
-        facts = environment(sys.argv) | {"processes": world.size, "device": str(world.device)}
-        facts["threads"] = torch.get_num_threads()
-        (folder / "env.json").write_text(json.dumps(facts, indent=2) + "\n")
     return config, tokenizer
+
+
+def note_environment(folder: Path, world: World, step: int) -> None:
+    """Where the run was trained: env.json, to which each resumption adds itself."""
+    path, facts = folder / "env.json", environment(sys.argv)
+    facts |= {"processes": world.size, "device": str(world.device), "threads": torch.get_num_threads()}
+    if step and path.exists():
+        began = json.loads(path.read_text())
+        facts = began | {"resumed": [*began.get("resumed", []), {"step": step} | facts]}
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
