@@ -14,62 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from known import COLOURS, NAMES, Arbitrary, Mute, Oracle, save, solid
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from silc.config import ImageTowerConfig, ModelConfig, PreprocessConfig
-from silc.eval import embed, prompts, protocols, retrieval, run, segment, zeroshot
-
-COLOURS = np.array([(20, 20, 20), (230, 30, 30), (30, 230, 30), (30, 30, 230), (230, 230, 30), (230, 30, 230),
-                    (30, 230, 230), (240, 240, 240)], dtype=np.uint8)
-NAMES = ["black", "red", "green", "blue", "yellow", "magenta", "cyan", "white"]
-
-
-class Oracle(nn.Module):
-    """Knows the eight colours and their names: one axis each. Remembers the batch shapes it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = ModelConfig(image=ImageTowerConfig(image_size=32, patch=8), preprocess=PreprocessConfig(size=32))
-        self.part = nn.Dropout(0.5)
-        self.device, self.scale, self.bias = torch.device("cpu"), torch.tensor([100.0]), None
-        self.shapes: list[tuple[int, ...]] = []
-
-    def axes(self, colours: Tensor) -> Tensor:
-        """Normalised [..., 3] -> [..., 8]."""
-        known = torch.from_numpy(COLOURS).float() / 127.5 - 1
-        return F.one_hot(torch.cdist(colours, known).argmin(-1), len(COLOURS)).float()
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        assert not self.part.training and not torch.is_grad_enabled()
-        self.shapes.append(tuple(pixels.shape))
-        return self.axes(pixels.mean((2, 3)))
-
-    def encode_dense(self, pixels: Tensor, readout: str = "auto") -> Tensor:
-        self.shapes.append(tuple(pixels.shape))
-        return self.axes(F.avg_pool2d(pixels, 8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        found = [[i for i, name in enumerate(NAMES) if name in text.replace(".", "").split()] for text in texts]
-        blank = torch.full((8,), 8**-0.5)
-        return torch.stack([F.one_hot(torch.tensor(f[0]), 8).float() if f else blank for f in found])
-
-
-class Mute(Oracle):
-    def axes(self, colours: Tensor) -> Tensor:
-        return torch.full((*colours.shape[:-1], 8), 8**-0.5)
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        return torch.full((len(texts), 8), 8**-0.5)
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-
-
-def solid(index: int, height: int = 20, width: int = 26) -> np.ndarray:
-    return np.broadcast_to(COLOURS[index], (height, width, 3))
+from silc.data.images import preprocess
+from silc.eval import prompts, protocols, retrieval, run, segment, zeroshot
 
 
 @pytest.fixture
@@ -143,6 +93,72 @@ def test_the_sets_templates_are_used_unless_the_caller_has_some(coloured):
     assert zeroshot.run(Oracle(), coloured, mine).details["templates"] == ["my {}"]
 
 
+def test_one_name_a_class_if_the_settings_say_so(coloured):
+    (coloured / "classes.txt").write_text("".join(f"{n}\tx{n}, {n}\n" for n in NAMES[:6]))
+    both, first = (zeroshot.run(Oracle(), coloured, zeroshot.Config(first_name=only)) for only in (False, True))
+    assert both.metrics["top1"] == 1 and first.metrics["top1"] == pytest.approx(1 / 6)
+    assert first.details["protocol"] == {"name": "plain", "first_name": True, "canonical": False}
+
+
+CLASSES = "black\tJet_Black, dark\nred\tfire-engine Red\ngreen\nblue\tblue (navy), azure\nyellow\nmagenta\n"
+
+
+@pytest.mark.parametrize(("cfg", "templates"), [
+    (zeroshot.Config(protocol="openai"), "clip80"),
+    (zeroshot.Config(protocol="big_vision"), "clip_paper"),
+    (zeroshot.Config(protocol="big_vision", templates=("tcl9",)), "tcl9"),
+    (zeroshot.Config(), "simple"),
+])
+def test_zeroshot_against_a_second_implementation(coloured, cfg, templates):
+    (coloured / "classes.txt").write_text(CLASSES)
+    model, canonical = Arbitrary(), cfg.protocol == "big_vision"
+    result = zeroshot.run(model, coloured, cfg)
+    names = [["Jet_Black", "dark"], ["fire-engine Red"], ["green"], ["blue (navy)", "azure"], ["yellow"], ["magenta"]]
+    lines = (Path(zeroshot.__file__).parent / "templates" / f"{templates}.txt").read_text().splitlines()
+    if canonical:
+        names = [["jet black"], ["fireengine red"], ["green"], ["blue navy"], ["yellow"], ["magenta"]]
+        lines = [line.lower().replace(".", "").replace("-", "") for line in lines]
+    correct, best_two = [], []
+    for label in range(6):
+        for path in sorted((coloured / NAMES[label]).iterdir()):
+            picture = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            picture = preprocess(picture, model.config.preprocess).float() / 127.5 - 1
+            feature = model.encode_image(picture[None])[0].double().numpy()
+            scores = []
+            for group in names:
+                cosines = []
+                for name in group:
+                    rows = model.encode_text([line.replace("{}", name) for line in lines]).double().numpy()
+                    mean = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(0)
+                    cosines.append(feature @ mean / np.linalg.norm(mean))
+                scores.append(max(cosines))
+            correct.append(int(np.argmax(scores) == label))
+            best_two.append(sorted(scores)[-2:])
+    assert min(b - a for a, b in best_two) > 1e-5, "no tie that rounding decides"
+    assert result.details["items"]["top1"] == correct
+    assert result.metrics["top1"] == pytest.approx(np.mean(correct))
+    assert result.details["protocol"]["name"] == cfg.protocol and templates in result.details["templates_from"]
+    assert result.details["templates"] == lines and result.details["classes"] == [group[0] for group in names]
+
+
+def test_whose_templates_count(coloured):
+    (coloured / "templates.txt").write_text("a drawing of {}\n")
+    for cfg, source in [(zeroshot.Config(protocol="openai"), "the set"),
+                        (zeroshot.Config(protocol="big_vision"), "protocol: clip_paper"),
+                        (zeroshot.Config(protocol="openai", templates=("simple", "{}!")), "settings: simple, {}!")]:
+        assert zeroshot.run(Oracle(), coloured, cfg).details["templates_from"] == source
+
+
+def test_what_zeroshot_refuses(coloured):
+    with pytest.raises(ValueError, match=r"no classification protocol 'opnai'.*'openai'"):
+        zeroshot.run(Oracle(), coloured, zeroshot.Config(protocol="opnai"))
+    with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
+        zeroshot.run(Oracle(), coloured, zeroshot.Config(templates=("a photo",)))
+    (coloured / "classes.txt").write_text("".join(f"{n}\t{n if n != 'red' else '?!'}\n" for n in NAMES[:6]))
+    with pytest.raises(ValueError, match=r"nothing is left of '\?!'"):
+        zeroshot.run(Oracle(), coloured, zeroshot.Config(protocol="big_vision"))
+
+
 def test_oracle_retrieves_all_also_where_pictures_share_a_caption(captioned):
     result = retrieval.run(Oracle(), captioned, retrieval.Config(batch=8, chunk=2, examples=100))
     # pictures 7 and 8 cannot be told apart: their own captions tie with each other's, the shared one is right for both
@@ -201,46 +217,6 @@ def test_pictures_of_one_size_share_a_batch(masked):
     assert sorted(model.shapes) == [(1, 3, 48, 32), (2, 3, 32, 48)]
 
 
-# ---------------------------------------------------------------- prompts
-
-
-def test_class_embeddings_average_unit_vectors_and_keep_synonyms():
-    class Count(Oracle):
-        def encode_text(self, texts: list[str]) -> Tensor:
-            return torch.tensor([[float(len(t)), float(t.count("a")), 1.0] for t in texts])
-
-    classes, templates = [["cat", "a big cat"], ["dog"]], ["{}", "a {} {x}".replace("{x}", "here"), "aa {}"]
-    expected = []
-    for name in ("cat", "a big cat", "dog"):
-        rows = np.array([[len(t), t.count("a"), 1.0] for t in (p.replace("{}", name) for p in templates)])
-        mean = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(0)
-        expected.append(mean / np.linalg.norm(mean))
-    for batch in (1, 2, 100):
-        found = prompts.class_embeddings(Count(), classes, templates, batch)
-        np.testing.assert_allclose(found.vectors, expected, rtol=1e-5)
-        features = F.normalize(torch.rand(5, 3), dim=1)
-        by_name = features.numpy() @ np.array(expected).T
-        best = np.stack([by_name[:, :2].max(1), by_name[:, 2]], 1)
-        np.testing.assert_allclose(found.scores(features), best, rtol=1e-5)
-
-
-def test_templates_are_checked_with_their_line(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_text("a {}\n\nno place\n")
-    with pytest.raises(ValueError, match=r"t\.txt, line 3: 'no place'"):
-        prompts.read_templates(path)
-    path.write_text("{} and {}\n")
-    with pytest.raises(ValueError, match="line 1"):
-        prompts.read_templates(path)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="no template"):
-        prompts.read_templates(path)
-    with pytest.raises(ValueError, match="does not exist"):
-        prompts.read_templates(tmp_path / "none")
-    path.write_text("a {}.\n\n{}\n")
-    assert prompts.read_templates(path) == ["a {}.", "{}"]
-
-
 # ---------------------------------------------------------------- dense inference
 
 
@@ -262,7 +238,7 @@ def test_fit_keeps_the_aspect_and_suits_the_patch():
     assert protocols.fit_size(300, 100, whole, config) == (96, 32)
     assert protocols.fit_size(10, 10_000, whole, config) == (8, 128), "a strip is bounded by the aspect limit"
     assert protocols.fit_size(375, 500, tcl, config) == (448, 597), "windows, not the picture, must suit the patch"
-    with pytest.raises(ValueError, match="multiple of the patch"):
+    with pytest.raises(ValueError, match="multiple of the model's patch, 8 px"):
         protocols.encode(Oracle(), torch.zeros(1, 3, 40, 40), dataclasses.replace(tcl, window=36))
 
 
@@ -303,28 +279,6 @@ def test_a_threshold_needs_two_foreground_classes():
     with pytest.raises(ValueError, match="two foreground"):
         protocols.foreground([["background"], ["cat"]], True, protocols.protocol("tcl"))
     assert protocols.foreground([["sky"], ["cat"]], False, protocols.protocol("tcl")) == [["sky"], ["cat"]]
-
-
-# ---------------------------------------------------------------- embed
-
-
-def test_every_module_keeps_its_mode_even_after_an_error():
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model.train()
-    model[1].eval()
-    with pytest.raises(RuntimeError), embed.evaluating(model):
-        assert not model[0].training
-        raise RuntimeError
-    assert model.training and model[0].training and not model[1].training and torch.is_grad_enabled()
-
-
-def test_progress_speaks_only_when_it_takes_long(capsys):
-    slow, fast = embed.Progress("slow", 10, patience=0), embed.Progress("fast", 10)
-    for bar in (slow, fast):
-        bar.add(4)
-        bar.add(6)
-    said = capsys.readouterr().err
-    assert "slow: 4/10 images" in said and "slow: 10/10" in said and "s left" in said and "fast" not in said
 
 
 # ---------------------------------------------------------------- run

@@ -13,8 +13,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"config", "losses", "eval.metrics"},
     {"model", "data", "parallel"},
-    {"train.optim", "train.checkpoint", "train.guard", "train.log", "eval.embed", "eval.prompts", "eval.protocols"},
-    {"train.pretrain", "train.student", "train.segment", "predict", "export", "eval.run", "eval"},
+    {"train.optim", "train.checkpoint", "train.guard", "train.log", "eval.embed", "eval.prompts", "eval.protocols"}
+    | {"eval.linear", "eval.suites"},
+    {"train.pretrain", "train.student", "train.segment", "predict", "adapters", "export", "eval.run", "eval"},
     {"train.loop", "recipes", "plan", "doctor", "app"},
     {"cli", "quickstart", "__main__", ""},
 ]

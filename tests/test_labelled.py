@@ -76,7 +76,7 @@ def test_classification_mistakes(tmp_path: Path, listing: str | None, templates:
 
 
 def test_a_folder_without_classes_without_pictures_or_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names no class"):
+    with pytest.raises(ValueError, match="laid out as pictures with classes: it is empty, and silc knows folders"):
         open_classification(tmp_path)
     (tmp_path / "ant").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
@@ -104,7 +104,7 @@ def test_captions_from_jsonl_and_csv_are_the_same_and_grouped(tmp_path: Path) ->
     (tmp_path / "t.csv").write_text('\ufeffimage,caption,extra\nimages/a.png,one,1\nimages/b.png,"two, ""quoted""",2\n'
                                     "images/a.png,three,3\n", encoding="utf-8")  # fmt: skip
     for data in (open_captioned(tmp_path), open_captioned(tmp_path / "t.csv")):
-        assert [p.name for p in data.paths] == ["a.png", "b.png"]
+        assert [p.name for p in data.paths] == ["a.png", "b.png"] and data.ident(1).endswith("images/b.png")
         assert data.captions == [["one", "three"], ['two, "quoted"']] and data.image(1).shape == (3, 6, 8)
     assert open_captioned(tmp_path).name == tmp_path.name and open_captioned(tmp_path / "t.csv").name == "t"
 
@@ -122,7 +122,7 @@ def test_captions_from_jsonl_and_csv_are_the_same_and_grouped(tmp_path: Path) ->
         ("c.jsonl", '{"caption": "x"}', "line 1: the row has no `image`"),
         ("c.jsonl", '{"image": "a.png", "caption": "x"}\n{"image"', "line 2 is not valid JSON"),
         ("c.jsonl", "[1]", "must hold a JSON object"),
-        ("c.txt", "x", "must be a folder, a .jsonl or a .csv"),
+        ("c.txt", "x", "it is a .txt file, and silc knows table: captions.jsonl or captions.csv"),
     ],
 )
 def test_caption_mistakes(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -134,7 +134,8 @@ def test_caption_mistakes(tmp_path: Path, name: str, text: str, words: str) -> N
 
 
 def test_a_folder_without_a_caption_file_and_text_in_another_encoding(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither"):
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match=r"it holds notes/, and silc knows .* annotations/captions_SPLIT\.json"):
         open_captioned(tmp_path)
     (tmp_path / "captions.jsonl").write_bytes(b'{"image": "\xe9"}')
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -226,6 +227,21 @@ def test_class_list_mistakes(tmp_path: Path, classes: dict[str, Any], words: str
     with pytest.raises(ValueError) as error:
         open_masked(masked_set(tmp_path, [[0, 1]], **classes))
     assert words in one_sentence(error)
+
+
+def test_a_mask_that_changed_its_size_after_opening(tmp_path: Path) -> None:
+    data = open_masked(masked_set(tmp_path, [[0, 1], [1, 1]]))
+    Image.fromarray(np.zeros((3, 5), np.uint8)).save(data.mask_paths[0])
+    with pytest.raises(ValueError, match="5 x 3 pixels, but its image is 2 x 2"):
+        data.mask(0)
+
+
+def test_a_picture_that_went_away_is_named(tmp_path: Path) -> None:
+    path = picture(tmp_path / "ant" / "1.png")
+    data = open_classification(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"1\.png cannot be read \(No such file"):
+        data.image(0)
 
 
 def test_opens_real_photographs(photographs: Path) -> None:

@@ -179,7 +179,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(
 ) -> None:
     args = command(pairs, tmp_path / "run", "--eval.sets", "retrieval", str(tmp_path / "nowhere"))
     main([*args, "--train.samples", "64"])
-    assert "failed" in capsys.readouterr().err
+    assert "retrieval skipped: a process does not find" in capsys.readouterr().err
     assert len(rows(tmp_path / "run")) == 4
 
 
@@ -318,3 +318,22 @@ def test_torchrun_trains_the_same_run_and_resumes_on_another_number_of_processes
     for key in ("loss", "contrast", "distill", "masked"):
         found, expected = ([row[key] for row in rows(folder)] for folder in (out, finished))
         assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_task_that_raises_does_not_end_the_run(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*command(pairs, tmp_path / "run", "--eval.sets", "segment", str(pairs)), "--train.samples", "64"])
+    assert "segment failed" in capsys.readouterr().err
+    assert len(rows(tmp_path / "run")) == 4
+
+
+@pytest.mark.slow
+def test_several_processes_share_an_evaluation_and_agree(finished: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = command(pairs, out, "--train.samples", "240", "--eval.sets", "retrieval", str(pairs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "silc"]
+    assert subprocess.run([*launcher, *args], check=False, capture_output=True).returncode == 0
+    told = rows(out, "eval")
+    assert [row["step"] for row in told] == [0, 15]
+    assert told[0]["metrics"] == pytest.approx(rows(finished, "eval")[0]["metrics"])

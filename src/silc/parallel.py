@@ -93,6 +93,11 @@ def mean(x: Tensor, world: World) -> Tensor:
     return total / world.size
 
 
+def all_agree(yes: bool, world: World) -> bool:
+    """Does every process say yes? All must call."""
+    return bool(mean(torch.tensor(float(yes), device=world.device), world) == 1)
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()

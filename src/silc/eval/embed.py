@@ -1,25 +1,36 @@
-"""Features of pictures and texts, in batches, on the model's device.
+"""Features of pictures and texts, in batches, on the model's device; a set is embedded once however many tasks read it.
 
-Gives: evaluating (eval mode for a while), Progress, image_batches, embed_images, embed_texts.
+Gives: evaluating (eval mode for a while), Progress, image_batches, embed_images, embed_texts, Features.
 Used by: every evaluation task, prompts, predict.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silc.config import PreprocessConfig
+from silc.config import PreprocessConfig, to_dict
 from silc.data.images import normalise, preprocess
 from silc.model.silc import Silc
+from silc.parallel import World, gather
+
+MESSAGE = 500
+"""Bytes of an error's text that a process tells the others."""
+ROWS = 8192
+"""Features that are gathered from each process at a time."""
 
 
 class Pictures(Protocol):
@@ -90,17 +101,26 @@ def image_batches(pictures: Pictures, cfg: PreprocessConfig, batch: int) -> Iter
             yield pixels, torch.arange(batch) < len(ready)
 
 
-def embed_images(model: Silc, pictures: Pictures, batch: int, label: str = "images") -> Tensor:
-    """Features float32 [N, D] on the CPU, in the order of `pictures`; the model's mode is left as it was."""
-    cfg = model.config.preprocess
-    found: list[Tensor] = []
-    progress = Progress(label, len(pictures))
-    with evaluating(model):
-        for pixels, mask in image_batches(pictures, cfg, batch):
-            features = model.encode_image(normalise(pixels.to(model.device), cfg.mean, cfg.std))
-            found.append(features.float().cpu()[mask])
-            progress.add(int(mask.sum()))
-    return torch.cat(found)
+def embed_images(
+    model: Silc, pictures: Pictures, batch: int, label: str = "images", world: World | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Features float32 [N, D] on the CPU, in the order of `pictures`; the model's mode is left as it was.
+
+    With a `world` of several processes each embeds every size-th picture and all get all features: all must call. What
+    fails in one is raised in all, so that none waits for ever. `encode` stands in for the model's encode_image.
+    """
+    encode = encode or model.encode_image
+    if world is None or world.size == 1:
+        return _embed(model, encode, pictures, batch, label)
+    mine = Share(pictures, list(range(world.rank, len(pictures), world.size)) or [0])
+    failed, part = "", torch.zeros(0)
+    try:
+        part = _embed(model, encode, mine, batch, label, silent=not world.leads)
+    except Exception as error:
+        failed = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    _agree(failed, world)
+    return _interleave(part, len(pictures), world)
 
 
 def embed_texts(model: Silc, texts: Sequence[str], batch: int, label: str = "texts") -> Tensor:
@@ -112,3 +132,153 @@ def embed_texts(model: Silc, texts: Sequence[str], batch: int, label: str = "tex
             found.append(model.encode_text(list(texts[start : start + batch])).float().cpu())
             progress.add(len(found[-1]))
     return torch.cat(found)
+
+
+def _embed(
+    model: Silc, encode: Callable[[Tensor], Tensor], pictures: Pictures, batch: int, label: str, silent: bool = False
+) -> Tensor:
+    cfg = model.config.preprocess
+    found: list[Tensor] = []
+    progress = Progress(label, len(pictures), patience=float("inf") if silent else 2.0)
+    with evaluating(model):
+        for pixels, mask in image_batches(pictures, cfg, batch):
+            features = encode(normalise(pixels.to(model.device), cfg.mean, cfg.std))
+            found.append(features.float().cpu()[mask])
+            progress.add(int(mask.sum()))
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of the pictures of a set."""
+
+    pictures: Pictures
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Tensor:
+        return self.pictures.image(self.indices[index])
+
+
+def _agree(failed: str, world: World) -> None:
+    """Every process tells what failed in it, if anything; all raise the first such message."""
+    text = failed.encode()[:MESSAGE]
+    mine = torch.zeros(1, MESSAGE, dtype=torch.uint8)
+    mine[0, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    for row in gather(mine.to(world.device), world).cpu():
+        told = bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore")
+        if told:
+            raise ValueError(told)
+
+
+def _interleave(part: Tensor, total: int, world: World) -> Tensor:
+    """Row i of process r -> row i * size + r of the whole [total, D]."""
+    rows = -(-total // world.size)
+    part = torch.cat([part, part.new_zeros(max(0, rows - len(part)), part.shape[1])])
+    everybody = [gather(some.to(world.device), world).cpu().unflatten(0, (world.size, -1)) for some in part.split(ROWS)]
+    return torch.cat(everybody, dim=1).transpose(0, 1).flatten(0, 1)[:total]
+
+
+# ---------------------------------------------------------------- computed once
+
+
+def pools(model: nn.Module) -> bool:
+    """Has the model `encode_pooled` (pixels -> what its tower pools, before projection and normalisation: big_vision's
+    `pre_logits`) and `project` (that -> embeddings)? Probes read the former; of another model they read embeddings."""
+    return callable(getattr(model, "encode_pooled", None)) and callable(getattr(model, "project", None))
+
+
+class Features:
+    """Image features of one model, each set embedded once and shared by all tasks that are handed this object.
+
+    They are kept in memory up to `limit` bytes, the set used longest ago going first, and, with a `folder`, as .npy
+    files that another run of the same model finds again: the folder must belong to this model alone. A set is known by
+    its pictures (path, size and time of change), so an edited set is embedded anew.
+    """
+
+    def __init__(
+        self, model: Silc, folder: Path | None = None, limit: int = 2**31, world: World | None = None
+    ) -> None:
+        self.model, self.folder, self.limit, self.world = model, folder, limit, world
+        self.kept: dict[str, Tensor] = {}
+
+    def images(self, pictures: Pictures, batch: int, label: str = "images", pooled: bool = False) -> Tensor:
+        """float32 [N, D] on the CPU, not to be written to: embeddings, or with `pooled` what probes read, see `pools`.
+
+        Both come from one pass over the pictures: the pooled features are kept, and projected when asked for.
+        """
+        model: Any = self.model
+        if not pools(model):
+            return self._once(pictures, batch, label, model.encode_image)
+        found = self._once(pictures, batch, label, model.encode_pooled)
+        if pooled:
+            return found
+        with evaluating(model):
+            parts = [model.project(part.to(model.device)).float().cpu() for part in found.split(ROWS)]
+        return torch.cat(parts)
+
+    def _once(self, pictures: Pictures, batch: int, label: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        known = identity(pictures)
+        if known is None:
+            return embed_images(self.model, pictures, batch, label, self.world, encode)
+        about = json.dumps(to_dict(self.model.config), sort_keys=True)
+        key = hashlib.sha256(f"{known} {about} {pools(self.model)}".encode()).hexdigest()[:32]
+        found = self.kept.pop(key, None)
+        if found is None:
+            found = self._load(key, len(pictures))
+        if found is None:
+            found = embed_images(self.model, pictures, batch, label, self.world, encode)
+            self._save(key, found)
+        self.kept[key] = found
+        while len(self.kept) > 1 and sum(t.numel() * t.element_size() for t in self.kept.values()) > self.limit:
+            del self.kept[next(iter(self.kept))]
+        return found
+
+    def _load(self, key: str, count: int) -> Tensor | None:
+        """What an earlier run left, if every process can read it: one alone would wait for the others' pictures."""
+        if self.folder is None:
+            return None
+        found: Tensor | None = None
+        try:
+            values = np.load(self.folder / f"{key}.npy", allow_pickle=False)
+            if values.dtype == np.float32 and values.ndim == 2 and len(values) == count:
+                found = torch.from_numpy(values)
+        except (OSError, ValueError, EOFError):  # none yet, or cut short: embed anew
+            pass
+        if self.world is not None and self.world.size > 1:
+            have = torch.tensor([float(found is not None)], device=self.world.device)
+            found = found if bool(gather(have, self.world).all()) else None
+        return found
+
+    def _save(self, key: str, features: Tensor) -> None:
+        if self.folder is None or not (self.world is None or self.world.leads):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{key}.{os.getpid()}.part"
+        with part.open("wb") as file:
+            np.save(file, features.numpy(), allow_pickle=False)
+        part.replace(self.folder / f"{key}.npy")
+
+
+def identity(pictures: Pictures) -> str | None:
+    """A hash of which pictures these are, in their order; None for a set whose pictures do not lie in files."""
+    paths, spans = getattr(pictures, "paths", None), getattr(pictures, "spans", None)
+    if not paths:
+        return None
+    digest, last, stamp = hashlib.sha256(), "", ""
+    for i in range(len(paths)):
+        # a picture in a tar is known by the tar and by where it lies in it
+        file, *place = spans[i] if spans else (paths[i],)
+        if str(file) != last:
+            try:
+                stat, last = os.stat(file), str(file)
+            except OSError:  # not a file of this machine, or gone: reading it will say so
+                return None
+            stamp = f"{os.path.abspath(file)}\0{stat.st_size}\0{stat.st_mtime_ns}"
+        digest.update(f"{stamp}\0{place}\0".encode())
+    return digest.hexdigest()

@@ -17,9 +17,17 @@ from torch import Tensor
 # Shapes: N images, C classes, Q queries, M candidates, P (query, candidate) pairs that belong together, D features.
 
 
+SCORES_AT_ONCE = 2**25
+"""Similarities (queries x candidates) that exist at a time: 128 MiB of float32."""
+
+
 @dataclass(frozen=True)
 class Result:
-    """Scores in [0, 1] by name, the score of knowing nothing for the same names, and plain data about both."""
+    """Scores in [0, 1] by name, the score of knowing nothing for the same names, and plain data about both.
+
+    In details, where a metric is a mean over items (pictures, captions): `items`, the value of each; `groups`, which
+    items belong together (captions of one picture), if not each stands alone; `interval`, the 95% interval of the mean.
+    """
 
     metrics: dict[str, float]
     chance: dict[str, float] = field(default_factory=dict)
@@ -62,8 +70,10 @@ def first_hit_ranks(
     queries [Q, D], candidates [M, D]; pairs int64 [P, 2] lists every right (query, candidate), each query at least
     once. `copies` [M] says how often a candidate stands in the list (equal captions are one row here). A wrong
     candidate with the same score as the right one comes first, so a constant model finds nothing; so does one whose
-    score is not a number. Works on `chunk` rows at a time: never more than chunk x M scores exist.
+    score is not a number. Works on up to `chunk` rows at a time, fewer where M is large: never more than
+    SCORES_AT_ONCE scores exist (or M).
     """
+    chunk = max(1, min(chunk, SCORES_AT_ONCE // len(candidates)))
     pairs = pairs[pairs[:, 0].argsort(stable=True)]
     rows, columns = pairs.unbind(1)
     starts = torch.searchsorted(rows.contiguous(), torch.arange(len(queries) + 1, device=rows.device)).tolist()

@@ -1,11 +1,13 @@
 """From class names to class embeddings, through prompt templates.
 
-Gives: TEMPLATES, read_templates, check_templates, ClassEmbeddings, class_embeddings.
-Used by: zero-shot classification and segmentation, predict.
+Gives: TEMPLATES, template_sets, read_templates, check_templates, resolve_templates, canonicalize, ClassEmbeddings,
+class_embeddings. Used by: zero-shot classification and segmentation, predict.
 """
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from silc.config import nearest
 from silc.eval.embed import evaluating
 from silc.model.silc import Silc
 
 TEMPLATES = ("{}", "a photo of a {}.", "a picture of the {}.")
-"""Used where neither the caller nor the set brings its own."""
+"""Used where neither the caller nor the set brings its own; `simple` among the lists that ship."""
+
+SHIPPED = Path(__file__).with_name("templates")
+
+
+def template_sets() -> list[str]:
+    """Names of the lists that ship: clip80 (CLIP's 80 for ImageNet), clip_paper (these and the bare name: big_vision's
+    81), tcl9 (TCL, arXiv 2212.00785), simple."""
+    return sorted(path.stem for path in SHIPPED.glob("*.txt"))
 
 
 def check_templates(templates: Sequence[str], where: str = "templates") -> list[str]:
@@ -44,6 +55,36 @@ def read_templates(path: Path | str) -> list[str]:
         if line.strip():
             check_templates(["{}"] * (number - 1) + [line.strip()], str(path))
     return check_templates([line.strip() for line in lines if line.strip()], str(path))
+
+
+def resolve_templates(given: Sequence[str]) -> list[str]:
+    """Templates from what a user writes: prompts with one `{}`, names of lists that ship, files with one a line.
+
+    ValueError for an entry that is none of them, naming the nearest list.
+    """
+    found: list[str] = []
+    for entry in given:
+        if "{" in entry:
+            found += check_templates([entry])
+        elif entry in template_sets():
+            found += read_templates(SHIPPED / f"{entry}.txt")
+        elif Path(entry).is_file():
+            found += read_templates(entry)
+        else:
+            raise ValueError(
+                f"templates: {entry!r} has no {{}} for the class name, and is neither a file nor one of "
+                f"{', '.join(template_sets())}." + nearest(entry, template_sets())
+            )
+    return check_templates(found)
+
+
+def canonicalize(text: str, keep: str = "{}") -> str:
+    """Lower case, `_` as a space, no punctuation but `keep`, single spaces (as big_vision writes prompts)."""
+    def kept(match: re.Match[str]) -> str:
+        return keep if match[0] == keep else ""
+
+    text = re.sub(f"{re.escape(keep)}|[{re.escape(string.punctuation)}]", kept, text.replace("_", " "))
+    return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from silc.data.labelled import Captioned, open_captioned
-from silc.eval.embed import embed_images, embed_texts
+from silc.eval.embed import Features, embed_texts
 from silc.eval.metrics import Result, bootstrap, chance_recall, first_hit_ranks
 from silc.model.silc import Silc
 
@@ -22,6 +22,10 @@ from silc.model.silc import Silc
 @dataclass(frozen=True)
 class Config:
     ks: tuple[int, ...] = (1, 5, 10)
+    split: str | None = None
+    """None: the set's customary one, else the first of test, val, train."""
+    kind: str | None = None
+    """Which layout, where a folder can be read in several ways."""
     batch: int = 128
     chunk: int = 1024
     """Queries compared with all candidates at a time; bounds memory."""
@@ -53,16 +57,16 @@ def relate(captions: list[list[str]]) -> Relation:
     return Relation(list(number), instances.unique(dim=0), instances, copies)
 
 
-def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
+def run(model: Silc, folder: Path | str, cfg: Config, features: Features | None = None) -> Result:
     """Recall at k: is a right answer among the k nearest? image_to_text: any of the image's captions; text_to_image:
     any image that has the caption. Chance is exact for the number of candidates and right answers.
 
     Intervals resample images, whose captions are not independent. ValueError for a set that is not as `open_captioned`
     wants it.
     """
-    data = open_captioned(folder)
+    data = open_captioned(folder, cfg.split, cfg.kind)
     known = relate(data.captions)
-    images = embed_images(model, data, cfg.batch, f"retrieval {data.name}").to(model.device)
+    images = (features or Features(model)).images(data, cfg.batch, f"retrieval {data.name}").to(model.device)
     texts = embed_texts(model, known.texts, cfg.batch, f"retrieval {data.name}").to(model.device)
     pairs, copies = known.pairs.to(model.device), known.copies.to(model.device)
     to_text = first_hit_ranks(images, texts, pairs, copies, cfg.chunk)
@@ -74,16 +78,19 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
         "text_to_image": (to_image, text_has, len(data), known.instances[:, 0]),
         "image_to_text": (to_text, image_has, len(known.instances), torch.arange(len(data))),
     }
-    metrics, chance, interval = {}, {}, {}
+    metrics, chance, interval, items = {}, {}, {}, {}
     for way, (ranks, right, total, image) in ways.items():
         for k in cfg.ks:
             hits = (ranks < k).double()
             metrics[f"{way}_r{k}"] = hits.mean().item()
             chance[f"{way}_r{k}"] = chance_recall(right, total, k)
             interval[f"{way}_r{k}"] = bootstrap(hits, image)
+            items[f"{way}_r{k}"] = hits.int().tolist()
     return Result(metrics, chance, {
-        "set": data.name, "count": len(data), "captions": len(known.instances), "distinct_captions": len(known.texts),
-        "interval": interval, "neighbours": _neighbours(data, known, images, texts, cfg),
+        "set": data.name, "split": data.split, "count": len(data), "captions": len(known.instances),
+        "distinct_captions": len(known.texts), "interval": interval, "items": items,
+        "groups": {name: ways[name.rpartition("_")[0]][3].tolist() for name in items},
+        "neighbours": _neighbours(data, known, images, texts, cfg),
     })
 
 
@@ -97,11 +104,11 @@ def _neighbours(data: Captioned, known: Relation, images: Tensor, texts: Tensor,
     return {
         "text_to_image": [
             {"text": known.texts[t],
-             "found": [{"path": str(data.paths[i]), "cosine": c, "right": (i, t) in right} for i, c in found]}
+             "found": [{"path": data.ident(i), "cosine": c, "right": (i, t) in right} for i, c in found]}
             for t, found in zip(some_texts, found_images)
         ],
         "image_to_text": [
-            {"path": str(data.paths[i]),
+            {"path": data.ident(i),
              "found": [{"text": known.texts[t], "cosine": c, "right": (i, t) in right} for t, c in found]}
             for i, found in zip(some_images, found_texts)
         ],

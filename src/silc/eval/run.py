@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import pkgutil
 import platform
 import re
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +27,10 @@ from torch import nn
 
 import silc.eval
 from silc.config import nearest, to_dict
+from silc.eval.embed import Features
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
+from silc.parallel import World
 
 
 def find_tasks() -> dict[str, ModuleType]:
@@ -37,14 +41,36 @@ def find_tasks() -> dict[str, ModuleType]:
 
 
 def evaluate(
-    model: Silc, sets: Mapping[str, str | Path], pictures: Path | None = None, configs: Mapping[str, Any] | None = None
+    model: Silc, sets: Mapping[str, str | Path], pictures: Path | None = None, configs: Mapping[str, Any] | None = None,
+    cache: Path | None = None, world: World | None = None,
 ) -> dict[str, Result]:
     """Run each set (`task` or `task/label` -> folder) and return its Result under the same name.
 
     `pictures`: a folder for the pictures of tasks that make some. `configs`: settings by task or by set name, instances
     of the task's Config. All names are checked before the first task runs: ValueError names the nearest task.
+    Pictures are embedded once for all tasks; with `cache`, a folder that any model may share, once for all runs.
+    `world`: processes that share the work; all must call, and all get the results.
     """
     tasks, configs = find_tasks(), dict(configs or {})
+    _check_names(sets, configs, tasks)
+    features = Features(model, cache / fingerprint(model)[:32] if cache else None, world=world)
+    results = {}
+    for name, folder in sets.items():
+        kind = name.partition("/")[0]
+        cfg = configs.get(name) or configs.get(kind) or tasks[kind].Config()
+        if pictures is not None and hasattr(cfg, "pictures") and cfg.pictures is None:
+            cfg = dataclasses.replace(cfg, pictures=pictures / file_name(name))
+        # a task that reads features of whole pictures has a fourth argument for them
+        shared = {"features": features} if "features" in inspect.signature(tasks[kind].run).parameters else {}
+        began = time.monotonic()
+        results[name] = tasks[kind].run(model, folder, cfg, **shared)
+        results[name].details["seconds"] = round(time.monotonic() - began, 3)
+        results[name].details["preprocess"] = to_dict(model.config.preprocess)
+        results[name].details["folder"] = str(folder)
+    return results
+
+
+def _check_names(sets: Mapping[str, Any], configs: Mapping[str, Any], tasks: Mapping[str, ModuleType]) -> None:
     for name in sets:
         task = name.partition("/")[0]
         if task not in tasks:
@@ -52,16 +78,6 @@ def evaluate(
     for name in configs:
         if name not in tasks and name not in sets:
             raise ValueError(f"evaluation: settings for {name!r}, neither a task nor a set." + nearest(name, sets))
-    results = {}
-    for name, folder in sets.items():
-        kind = name.partition("/")[0]
-        cfg = configs.get(name) or configs.get(kind) or tasks[kind].Config()
-        if pictures is not None and hasattr(cfg, "pictures") and cfg.pictures is None:
-            cfg = dataclasses.replace(cfg, pictures=pictures / file_name(name))
-        results[name] = tasks[kind].run(model, folder, cfg)
-        results[name].details["preprocess"] = to_dict(model.config.preprocess)
-        results[name].details["folder"] = str(folder)
-    return results
 
 
 def table(results: Mapping[str, Result]) -> str:

@@ -95,6 +95,7 @@ class Log:
         self.started, self.last = self.started + spent, self.last + spent
 
     def evaluation(self, step: int, name: str, result: Result) -> None:
+        """One set's scores, beside their chance levels."""
         samples, metrics, chance = step * self.config.train.batch, result.metrics, result.chance
         row = {"kind": "eval", "step": step, "samples": samples, "set": name, "metrics": metrics, "chance": chance}
         self.write(row | {"interval": result.details.get("interval", {})})

@@ -279,17 +279,22 @@ class Run:
         parallel.barrier(self.world)
 
     def evaluate(self, done: int) -> None:
-        """Score every set of the config; a failing evaluation is reported and never ends the run."""
+        """Score every set of the config, its pictures shared out among the processes.
+
+        A failing evaluation is reported and never ends the run."""
         if not self.config.eval.sets:
             return
         model = self.whole_model()
-        if self.world.leads:
-            for name, folder in self.config.eval.sets.items():
-                try:
-                    for label, result in evaluate(model, {name: folder}).items():
-                        self.log.evaluation(done, label, result)
-                except Exception as error:
-                    self.log.say(f"  eval at step {done}  {name} failed: {error}")
+        for name, folder in self.config.eval.sets.items():
+            # asked first, since a process that failed alone would leave the others waiting for its share
+            if not parallel.all_agree(Path(folder).exists(), self.world):
+                self.log.say(f"  eval at step {done}  {name} skipped: a process does not find {folder}")
+                continue
+            try:
+                for label, result in evaluate(model, {name: folder}, world=self.world).items():
+                    self.log.evaluation(done, label, result)
+            except Exception as error:  # whatever it is, hours of training outweigh it
+                self.log.say(f"  eval at step {done}  {name} failed: {error}")
         parallel.barrier(self.world)
 
 
