@@ -541,3 +541,13 @@ def test_settings_that_contradict_each_other_are_refused(image: dict[str, Any], 
 def test_a_text_tower_whose_heads_do_not_divide_its_width_is_refused() -> None:
     with pytest.raises(ValueError, match="width 16 is not a multiple of heads 3"):
         TextTower(TextTowerConfig(vocab=9, length=4, width=16, depth=1, heads=3, mlp=8), 16)
+
+
+@pytest.mark.parametrize("pool", ["map", "cls", "mean"])
+def test_pooled_features_lead_to_the_embedding(pool: str) -> None:
+    image = ImageTowerConfig(32, 8, 24, 1, 2, 32, pool=pool, proj="affine")
+    model = Silc(ModelConfig(image, TextTowerConfig(50, 8, 24, 1, 2, 32), embed_dim=16))
+    pixels = torch.randn(3, 3, 32, 40)
+    pooled = model.encode_pooled(pixels)
+    assert pooled.shape == (3, 24)
+    torch.testing.assert_close(model.project(pooled), model.encode_image(pixels))

@@ -20,7 +20,7 @@ class References(HTMLParser):
         self.words: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [v for k, v in attrs if k in ("src", "href", "srcset") and v and not v.startswith("#")]
+        self.found += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))]
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)

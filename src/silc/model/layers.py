@@ -84,6 +84,18 @@ class Attention(nn.Module):
         """Attention one-hot on the token itself: out(v(x))."""
         return self.out(self.v(x))
 
+    def self_similar(self, x: Tensor, shapes: Shapes, keys: bool) -> Tensor:
+        """Tokens attend to those whose query is like their own: softmax(q q^T / sqrt d) v, then `out`.
+
+        With `keys`, softmax(k k^T / sqrt d) v is added before `out`: weights then sum to 2, as in SCLIP.
+        """
+        mixed = []
+        for part, shape in zip(unpack(x, shapes), shapes):
+            v = self.split(self.v(part), shape)
+            same = [self.split(layer(part), shape) for layer in ((self.q, self.k) if keys else (self.q,))]
+            mixed.append(torch.stack([attend(s, s, v) for s in same]).sum(0).transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.out(torch.cat(mixed))
+
 
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, act: Activation) -> None:
@@ -112,6 +124,15 @@ class Block(nn.Module):
         """The block with each token attending to itself alone (the MaskCLIP read-out; the residual stays per token)."""
         x = x + self.attention.value_path(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def correlative(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """The block with attention softmax(q q^T) + softmax(k k^T), residual and MLP kept (SCLIP, arXiv 2312.01597)."""
+        x = x + self.attention.self_similar(self.norm1(x), shapes, keys=True)
+        return x + self.mlp(self.norm2(x))
+
+    def attention_alone(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """Attention softmax(q q^T) without residual and MLP (ClearCLIP, arXiv 2407.12442)."""
+        return self.attention.self_similar(self.norm1(x), shapes, keys=False)
 
 
 class MapHead(nn.Module):

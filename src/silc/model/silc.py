@@ -59,6 +59,14 @@ class Silc(nn.Module):
         """Normalised pixels [B, 3, H, W], H and W any multiples of the patch -> [B, D], unit length."""
         return F.normalize(self.image([pixels])[0].pooled.float(), dim=-1)
 
+    def encode_pooled(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, width]: pooled, before projection and normalisation; what probes read (`pre_logits`)."""
+        return self.image([pixels], project=False)[0].pooled.float()
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[B, width] of `encode_pooled` -> [B, D] of `encode_image`."""
+        return F.normalize(self.image.proj(pooled).float(), dim=-1)
+
     def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Texts, or their ids [B, length] -> [B, D], unit length. Case, end token and padding are the tokenizer's."""
         return F.normalize(self.text(self.token_ids(texts)).float(), dim=-1)

@@ -6,16 +6,17 @@ Used by: silc.py, which puts them in one space; train/pretrain.py calls them thr
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from silc.config import ImageTowerConfig, TextTowerConfig
+from silc.config import ImageTowerConfig, TextTowerConfig, nearest
 from silc.model.layers import Block, MapHead, Shapes, pack, resize_grid, unpack
 
-Readout = Literal["auto", "tokens", "value"]
+Readout = Literal["auto", "tokens", "value", "sclip", "clearclip"]
+"""Ways to read patches; see `ImageTower.dense`."""
 
 
 class Encoded(NamedTuple):
@@ -92,9 +93,15 @@ class ImageTower(nn.Module):
         return x
 
     def forward(
-        self, groups: list[Tensor], masks: list[Tensor | None] | None = None, mask_token: Tensor | None = None
+        self,
+        groups: list[Tensor],
+        masks: list[Tensor | None] | None = None,
+        mask_token: Tensor | None = None,
+        project: bool = True,
     ) -> list[Encoded]:
-        """groups: [B_i, 3, H_i, W_i] each, of any sizes; masks: [B_i, N_i] or None each. One pass over all tokens."""
+        """groups: [B_i, 3, H_i, W_i] each, of any sizes; masks: [B_i, N_i] or None each. One pass over all tokens.
+
+        Without `project` the pooled vectors stay in the width of the tower, before the projection."""
         x, shapes = pack([self.embed(g, m, mask_token) for g, m in zip(groups, masks or [None] * len(groups))])
         x = self.norm(self.transform(x, shapes, list(self.blocks)))
         tokens = unpack(x, shapes)
@@ -104,23 +111,38 @@ class ImageTower(nn.Module):
             pooled, tokens = [t[:, 0] for t in tokens], [t[:, 1:] for t in tokens]
         else:
             pooled = [t.mean(1) for t in tokens]
-        projected = self.proj(torch.cat(pooled)).split([len(p) for p in pooled])
-        return [Encoded(p, t) for p, t in zip(projected, tokens)]
+        if project:
+            pooled = list(self.proj(torch.cat(pooled)).split([len(p) for p in pooled]))
+        return [Encoded(p, t) for p, t in zip(pooled, tokens)]
 
     def dense(self, pixels: Tensor, readout: Readout = "auto") -> Tensor:
         """[B, 3, H, W] -> [B, E, h, w]: each patch in the space of the text, not normalised.
 
-        `tokens`: the last block's output, each patch through what pooling does after attention (MAP head: value, output
-        projection and MLP; that is the head with attention one-hot on the patch). `value`: the last block, too, with
-        each patch attending to itself alone (MaskCLIP, TIPS). `auto`: `value` for CLS pooling, whose patch tokens are
-        not trained to be read directly, else `tokens`.
+        Read-outs differ in the last block; all blocks before it are as in training:
+        `tokens`     as it is.
+        `value`      each token attends to itself alone, residual and MLP kept (MaskCLIP, arXiv 2112.01071; TIPS).
+        `sclip`      attention softmax(q q^T) + softmax(k k^T), residual and MLP kept (arXiv 2312.01597).
+        `clearclip`  attention softmax(q q^T), no residual, no MLP (arXiv 2407.12442).
+        `auto`       `value` for CLS pooling, whose patch tokens are not trained to be read directly, else `tokens`.
+        A CLS token takes part in the attention, as in those papers. Then the last norm, and what pooling does after
+        attention: for a MAP head value, output projection and MLP (the head with attention one-hot on the patch), else
+        nothing; last the projection. The papers have CLS towers only: for MAP and mean pooling the same change of the
+        last block is ours. ValueError for an unknown name.
         """
-        value = readout == "value" or (readout == "auto" and self.config.pool == "cls")
+        if readout not in get_args(Readout):
+            raise ValueError(f"there is no dense read-out {readout!r}." + nearest(readout, get_args(Readout)))
+        if readout == "auto":
+            readout = "value" if self.config.pool == "cls" else "tokens"
         x, shapes = pack([self.embed(pixels)])
         blocks = list(self.blocks)
-        x = self.transform(x, shapes, blocks[:-1] if value else blocks)
-        x = self.norm(self.blocks[-1].value_path(x) if value else x)  # type: ignore[operator]
-        x = unpack(x, shapes)[0]
+        x = self.transform(x, shapes, blocks if readout == "tokens" else blocks[:-1])
+        if readout == "value":
+            x = blocks[-1].value_path(x)  # type: ignore[operator]
+        elif readout == "sclip":
+            x = blocks[-1].correlative(x, shapes)  # type: ignore[operator]
+        elif readout == "clearclip":
+            x = blocks[-1].attention_alone(x, shapes)  # type: ignore[operator]
+        x = unpack(self.norm(x), shapes)[0]
         x = x[:, 1:] if self.config.pool == "cls" else x
         x = self.proj(self.head.per_patch(x) if self.config.pool == "map" else x)
         h, w = pixels.shape[-2] // self.config.patch, pixels.shape[-1] // self.config.patch
