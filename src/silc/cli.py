@@ -59,32 +59,66 @@ def quickstart(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """Score a model on labelled sets: zero-shot classification, retrieval, segmentation."""
+    """Score a model: a suite of sets or single ones, with a report card."""
 
     def run(
         model: tyro.conf.Positional[str],
-        sets: dict[str, str],
+        suite: str | None = None,
+        data: Path | None = None,
+        sets: dict[str, str] = {},  # noqa: B006 - read only
         out: Path | None = None,
+        device: str = "auto",
+        cache: Path | None = None,
     ) -> None:
-        """Score a model on labelled sets and print a table.
+        """Score a model, print a table, and with --out write results.json, results.md and card.html.
 
         Args:
-            model: A run folder or an export.
+            model: A run folder, an export, or a folder of transformers (CLIP, SigLIP, SigLIP 2).
+            suite: photographs, quickstart, paper, or a JSON file of your own; needs --data.
+            data: The folder below which the sets of the suite lie.
             sets: Pairs of task and folder: `--sets zeroshot pets/ retrieval coco/`; label a task as `zeroshot/pets`.
-            out: Folder for one JSON a result, results.md and pictures.
+            out: Folder for the results, a JSON each, and the report card.
+            device: auto, cpu, cuda or cuda:1.
+            cache: Folder in which image features are kept for the next evaluation of the same model.
         """
-        from silc.eval.run import evaluate as score
-        from silc.eval.run import fingerprint, table, write
-        from silc.predict import load
+        from silc.app.evaluation import evaluate as score
+        from silc.eval.run import table
 
-        opened = load(model)
-        results = score(opened, sets, out / "pictures" if out else None)
+        results, failed = score(model, sets, suite, data, out, device, cache)
         print(table(results))
         if out:
-            write(results, out, {"model": model, "sha256": fingerprint(opened)})
-            (out / "results.md").write_text(table(results))
+            print(f"wrote {out / 'card.html'}, results.json and results.md")
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(failed) + len(results)} sets failed: {', '.join(failed)}.")
 
     tyro.cli(run, args=args, prog="silc eval")
+
+
+def compare(args: list[str]) -> None:
+    """Put evaluations side by side and say which differences are more than noise."""
+
+    def run(
+        folders: tyro.conf.Positional[tuple[Path, ...]],
+        sets: tuple[str, ...] = (),
+        out: Path | None = None,
+    ) -> None:
+        """Compare folders that `silc eval ... --out FOLDER` wrote; every one with the first.
+
+        Args:
+            folders: Two or more folders of results.
+            sets: Only these, as `zeroshot/pets`.
+            out: Folder for compare.md and compare.json.
+        """
+        from silc.app.compare import compare as put
+        from silc.app.compare import terminal, write
+
+        found = put(folders, sets)
+        print(terminal(found))
+        if out:
+            write(found, out)
+            print(f"wrote {out / 'compare.md'} and compare.json")
+
+    tyro.cli(run, args=args, prog="silc compare")
 
 
 def heatmap(args: list[str]) -> None:
@@ -99,7 +133,7 @@ def heatmap(args: list[str]) -> None:
         """Draw the patch-text map of a picture for each text, side by side.
 
         Args:
-            model: A run folder or an export.
+            model: A run folder, an export, or a folder of transformers.
             image: A picture.
             text: What to look for: `-t "a red apple" "a dog"`.
             out: The PNG to write.
@@ -124,6 +158,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
     "eval": evaluate,
+    "compare": compare,
     "heatmap": heatmap,
     "recipes": list_recipes,
 }

@@ -1,6 +1,6 @@
 """A picture and words in; labels, similarity maps and label maps out.
 
-Gives: load, Predictor (classify, heatmap, segment), as_image, overlay_heatmap, overlay_labels.
+Gives: load, open_transformers, Predictor (classify, heatmap, segment), as_image, overlay_heatmap, overlay_labels.
 Used by: the command line, app/demo, anyone in Python.
 """
 
@@ -9,22 +9,27 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import io
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from silc.config import DataConfig
 from silc.data.images import BadSample, decode, normalise, preprocess
-from silc.data.tokenizer import load_tokenizer
+from silc.data.tokenizer import Tokenizer, load_tokenizer
 from silc.eval.embed import evaluating
 from silc.eval.prompts import TEMPLATES, check_templates, class_embeddings
 from silc.eval.protocols import Dense, Protocol, cosine_maps, encode, fit, foreground, label_map, protocol
-from silc.model.silc import CONFIG_NAME, Silc
+from silc.model.silc import CONFIG_NAME, WEIGHTS_NAME, Silc
+from silc.model.weights import LoadReport, from_transformers
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a Pillow picture, or uint8: [H, W, 3] or [H, W] as an array, [3, H, W] as a tensor."""
@@ -36,7 +41,8 @@ class Score(TypedDict):
 
 
 def load(target: str | Path) -> Silc:
-    """Open a model with its tokenizer: the folder of a run (its `export` is used) or a folder that `Silc.save` wrote.
+    """Open a model with its tokenizer: the folder of a run (its `export` is used), one that `Silc.save` wrote, or one
+    in the form of transformers (CLIP, SigLIP, SigLIP 2), for which a load report goes to stderr.
 
     The model is on the CPU, in eval mode. Raises ValueError that says what the folder lacks.
     """
@@ -48,8 +54,38 @@ def load(target: str | Path) -> Silc:
         raise ValueError(f"the run {target} has no `export` folder yet: let it reach its first save.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} holds no model: there is no {CONFIG_NAME} in it.")
+    described = _json(folder / CONFIG_NAME)
+    if "model_type" in described:
+        model, report = open_transformers(folder)
+        print(report, file=sys.stderr)
+        return model
     model = Silc.open(folder)
-    tokenizer = load_tokenizer(folder)
+    return _with_tokenizer(model, load_tokenizer(folder), folder)
+
+
+def open_transformers(folder: Path) -> tuple[Silc, LoadReport]:
+    """A model with its tokenizer from the files of transformers: config.json, model.safetensors (or its shards),
+    preprocessor_config.json and the tokenizer's. Nothing is downloaded, and transformers is not needed.
+
+    ValueError for a family that silc does not have, and for what is missing or does not fit.
+    """
+    stated = folder / "preprocessor_config.json"
+    try:
+        model, report = from_transformers(
+            _json(folder / CONFIG_NAME), _tensors(folder), _json(stated) if stated.is_file() else None)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    rules = folder / "tokenizer_config.json"
+    named = str(_json(rules).get("tokenizer_class", "")) if rules.is_file() else ""
+    # the first SigLIP took punctuation away and padded with its end token; its vocabulary goes by this file name
+    first = (named.startswith("Siglip") and not named.startswith("Siglip2")) or (folder / "spiece.model").is_file()
+    text = model.config.text
+    tokenizer = load_tokenizer(
+        folder, text.length, text.eos_id, text.eos_id if first else None, lowercase=True, punctuation=not first)
+    return _with_tokenizer(model, tokenizer, folder), report
+
+
+def _with_tokenizer(model: Silc, tokenizer: Tokenizer, folder: Path) -> Silc:
     if tokenizer.vocab > model.config.text.vocab:
         raise ValueError(
             f"{folder}: its tokenizer has {tokenizer.vocab} tokens, but the model only {model.config.text.vocab}; "
@@ -57,6 +93,36 @@ def load(target: str | Path) -> Silc:
         )
     model.tokenizer = tokenizer
     return model
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
+    return data
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The state dict of one safetensors file, or of the shards that its index lists."""
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS_NAME]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        # an index is data from elsewhere: it may name files beside it only
+        path = folder / Path(name).name
+        if not path.is_file():
+            pickled = (folder / "pytorch_model.bin").is_file()
+            raise ValueError(f"there is no {path.name} in it" + (
+                "; pytorch_model.bin can run code, so silc leaves it shut: convert it with save_pretrained." if pickled
+                else "."))
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged ({error}).") from None
+    return tensors
 
 
 def as_image(picture: Picture) -> Tensor:

@@ -6,7 +6,6 @@ Used by: the command line.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from silc.app import card, results
-from silc.config import to_dict
+from silc.config import nearest, to_dict
 from silc.eval import run, suites
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
@@ -36,24 +35,29 @@ def evaluate(
     """
     places: dict[str, str | Path] = dict(sets)
     configs: dict[str, Any] = {}
-    about, skipped = {"model": model}, {}
+    about: dict[str, Any] = {"model": model}
+    skipped: dict[str, str] = {}
+    tasks = run.find_tasks()
     if suite is not None:
+        known = suites.open_suite(suite, tasks)
         if data is None:
             raise ValueError(f"the suite {suite} needs --data ROOT, the folder that holds its sets.")
-        known = suites.open_suite(suite, run.find_tasks())
         found, configs, skipped = suites.locate(known, data)
-        places = {**found, **places}
+        # a set that is given by itself goes by its own folder and the task's own settings
+        places, skipped = {**found, **places}, {name: where for name, where in skipped.items() if name not in sets}
+        configs = {name: config for name, config in configs.items() if name not in sets}
         about |= {"suite": known.name, "suite_about": known.about, "data": str(data)}
     if not places:
         raise ValueError("nothing to evaluate: give --suite NAME --data ROOT, or --sets TASK FOLDER ...")
     for name in places:
-        run.settings(name, configs)
+        if (task := name.partition("/")[0]) not in tasks:
+            raise ValueError(f"evaluation {name!r}: there is no task {task!r}." + nearest(task, tasks))
     opened = load(model).to(_device(device))
     scored, failed = _score(opened, places, configs, set(sets), out, cache)
     if not scored:
         raise ValueError("every set failed; the first: " + next(f"{name}: {why}" for name, why in failed.items()))
     if out is not None:
-        about |= {"sha256": run.fingerprint(opened), "device": _device_name(opened.device),
+        about |= {"sha256": run.fingerprint(opened), "device": _name(opened.device),
                   "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")}
         results.save(scored, out, about, skipped, failed)
         card.build(out)
@@ -83,3 +87,18 @@ def _score(
             if name in configs:
                 found[name].details["settings"] = to_dict(configs[name])
     return scored, failed
+
+
+def _device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}: give auto, cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no GPU here; give auto or cpu.")
+    return device
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
