@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from silc import load
 from silc.adapters import from_open_clip, from_transformers
 from silc.eval.run import evaluate, fingerprint
 from silc.model.silc import Silc
+from silc.model.towers import Readout
 from silc.predict import Predictor, open_transformers
 
 SIDE = PATCH * GRID
@@ -80,8 +81,9 @@ def test_live_and_loaded_models_give_the_same(both: tuple[Silc, Silc]) -> None:
     assert off(live.encode_text(TEXTS), loaded.encode_text(TEXTS)) < 1e-4
     assert torch.pdist(live.encode_text(TEXTS)).min() > 1e-2
     assert off(live.encode_image(pixels), loaded.encode_image(pixels)) < 1e-4
+    assert off(live.encode_pooled(pixels), loaded.encode_pooled(pixels)) < 1e-4
     assert off(live.project(live.encode_pooled(pixels)), loaded.encode_image(pixels)) < 1e-4
-    for readout in ("auto", "tokens", "value"):
+    for readout in get_args(Readout):
         dense = live.encode_dense(pixels, readout)
         assert dense.shape[-2:] == (GRID, GRID) and off(dense, loaded.encode_dense(pixels, readout)) < 1e-4
     wide = torch.randn(1, 3, SIDE, 2 * SIDE)

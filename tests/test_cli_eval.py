@@ -137,7 +137,7 @@ def test_a_broken_set_costs_only_itself(place: Path, tmp_path: Path, capsys: pyt
 
 def test_heatmap(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = place / "data" / "captions" / "0.png"
-    silc("heatmap", place / "a", picture, "-t", "black", "a red dog", "--out", tmp_path / "h.png")
+    silc("heatmap", place / "a", picture, "-t", "black", "a red dog", "--out", tmp_path / "h.png", "--how", "tips")
     with Image.open(tmp_path / "h.png") as drawn:
         assert drawn.width > 3 * 160 and "wrote" in capsys.readouterr().out
 
@@ -187,6 +187,8 @@ def test_models_and_folders_that_are_none(place: Path, tmp_path: Path, capsys: p
     assert "at least two folders" in fails(capsys, "compare", tmp_path)
     assert "holds no results.json" in fails(capsys, "compare", tmp_path, tmp_path)
     assert "cannot be read" in fails(capsys, "heatmap", place / "a", tmp_path / "none.png", "-t", "x")
+    picture = place / "data" / "captions" / "0.png"
+    assert "Perhaps you meant 'tcl'" in fails(capsys, "heatmap", place / "a", picture, "-t", "x", "--how", "tlc")
 
 
 def test_results_of_different_sets_of_pictures_are_refused(place: Path, tmp_path: Path,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from conftest import COLOURS, draw
+from PIL import Image, ImageDraw
 
 import silc
 from silc.cli import main
@@ -337,3 +339,43 @@ def test_several_processes_share_an_evaluation_and_agree(finished: Path, pairs: 
     told = rows(out, "eval")
     assert [row["step"] for row in told] == [0, 15]
     assert told[0]["metrics"] == pytest.approx(rows(finished, "eval")[0]["metrics"])
+
+
+def segment_worker(rank: int, port: int, model: str, folder: str, out: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    from silc import parallel
+    from silc.eval.run import evaluate
+
+    world = parallel.start("cpu")
+    result = evaluate(silc.load(model), {"segment": folder}, world=world)["segment"]
+    details = {k: result.details[k] for k in ("interval", "per_class", "confusion", "picture_miou")}
+    Path(out, f"{rank}.json").write_text(json.dumps([result.metrics, result.chance, details]))
+    parallel.stop()
+
+
+@pytest.mark.slow
+def test_two_processes_segment_half_each_and_find_the_same(finished: Path, tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    from silc.eval.run import evaluate
+
+    folder = tmp_path / "set"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    classes = [f"a {colour} circle" for colour in COLOURS]
+    (folder / "classes.json").write_text(json.dumps({"classes": classes, "background": False, "void": 255}))
+    for i in range(7):
+        picture, mask = draw(list(COLOURS)[i % 4], "circle", i * 20), Image.new("L", (56, 48), 255)
+        ImageDraw.Draw(mask).ellipse((12, 8, 44, 40), fill=i % 4)
+        picture.save(folder / "images" / f"{i}.png")
+        mask.save(folder / "masks" / f"{i}.png")
+    alone = evaluate(silc.load(finished), {"segment": folder})["segment"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    mp.spawn(segment_worker, (port, str(finished), str(folder), str(tmp_path)), nprocs=2)
+    details = {k: alone.details[k] for k in ("interval", "per_class", "confusion", "picture_miou")}
+    expected = json.loads(json.dumps([alone.metrics, alone.chance, details]))
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

@@ -129,6 +129,7 @@ def heatmap(args: list[str]) -> None:
         image: tyro.conf.Positional[Path],
         text: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])],
         out: Path = Path("heatmap.png"),
+        how: str = "whole-image",
     ) -> None:
         """Draw the patch-text map of a picture for each text, side by side.
 
@@ -137,10 +138,11 @@ def heatmap(args: list[str]) -> None:
             image: A picture.
             text: What to look for: `-t "a red apple" "a dog"`.
             out: The PNG to write.
+            how: The segmentation protocol whose size, windows and read-out are used: whole-image, tcl, tips, ...
         """
         from silc.predict import Predictor, load, overlay_heatmap
 
-        maps = Predictor(load(model)).heatmap(image, list(text))
+        maps = Predictor(load(model)).heatmap(image, list(text), how=how)
         overlay_heatmap(image, maps, text).save(out)
         print(f"wrote {out}")
 

@@ -27,7 +27,17 @@ from silc.data.images import BadSample, decode, normalise, preprocess
 from silc.data.tokenizer import Tokenizer, load_tokenizer
 from silc.eval.embed import evaluating
 from silc.eval.prompts import TEMPLATES, check_templates, class_embeddings
-from silc.eval.protocols import Dense, Protocol, cosine_maps, encode, fit, foreground, label_map, protocol
+from silc.eval.protocols import (
+    Dense,
+    Protocol,
+    cosine_maps,
+    encode,
+    fit,
+    foreground,
+    label_map,
+    probability_scale,
+    protocol,
+)
 from silc.model.silc import CONFIG_NAME, WEIGHTS_NAME, Silc
 from silc.model.weights import LoadReport, from_transformers
 
@@ -229,12 +239,9 @@ class Predictor:
         classes = dataclasses.replace(classes, owner=classes.owner + len(names) - len(named), classes=len(names))
         pixels = as_image(image)
         with evaluating(self.model):
-            scale = float(self.model.scale)
-            return (
-                label_map(self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale)
-                .cpu()
-                .clone()
-            )
+            scale = probability_scale(how, self.model)
+            label = label_map(self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale)
+        return label.cpu().clone()
 
     def _dense(self, pixels: Tensor, how: Protocol) -> Dense:
         cfg = self.model.config.preprocess

@@ -154,6 +154,7 @@ def metric_name(key: str) -> str:
     """text_to_image_r1 -> `text → image R@1`."""
     words = re.sub(r"(?:^|_)r(?:ecall)?_?(?:at_?)?(\d+)$", r" R@\1", key.replace("_to_", " → "))
     words = re.sub(r"(?:^|_)top_?(\d+)$", r" top-\1", words)
+    words = re.sub(r"^shot(\d+)$", r"\1-shot", re.sub(r"^knn(\d+)$", r"\1-NN", words))
     return re.sub(r"\bmiou\b", "mIoU", words.replace("_", " ")).strip()
 
 

@@ -119,7 +119,7 @@ def embed_images(
         part = _embed(model, encode, mine, batch, label, silent=not world.leads)
     except Exception as error:
         failed = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    _agree(failed, world)
+    agree(failed, world)
     return _interleave(part, len(pictures), world)
 
 
@@ -165,7 +165,7 @@ class Share:
         return self.pictures.image(self.indices[index])
 
 
-def _agree(failed: str, world: World) -> None:
+def agree(failed: str, world: World) -> None:
     """Every process tells what failed in it, if anything; all raise the first such message."""
     text = failed.encode()[:MESSAGE]
     mine = torch.zeros(1, MESSAGE, dtype=torch.uint8)

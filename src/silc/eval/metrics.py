@@ -79,7 +79,10 @@ def first_hit_ranks(
     starts = torch.searchsorted(rows.contiguous(), torch.arange(len(queries) + 1, device=rows.device)).tolist()
     if any(a == b for a, b in pairwise(starts)):
         raise ValueError("retrieval: a query has no candidate that belongs to it.")
-    weight = (torch.ones(len(candidates)) if copies is None else copies).to(candidates.device, torch.int32)
+    # few candidates stand more than once: all are counted as one, which is quick, and those add what is missing
+    repeated = torch.empty(0, dtype=torch.int64) if copies is None else (copies > 1).nonzero()[:, 0]
+    missing = torch.empty(0) if copies is None else (copies[repeated] - 1)
+    repeated, missing = repeated.to(candidates.device), missing.to(candidates.device)
     ranks = torch.empty(len(queries), dtype=torch.int64)
     for first in range(0, len(queries), chunk):
         scores = queries[first : first + chunk] @ candidates.T
@@ -89,7 +92,8 @@ def first_hit_ranks(
         best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce(0, row, right, "amax")
         before = ~(scores < best[:, None])
         before[row, column] = False
-        ranks[first : first + len(scores)] = (before * weight).sum(1).cpu()
+        found = torch.count_nonzero(before, 1) + (before[:, repeated] * missing).sum(1).long()
+        ranks[first : first + len(scores)] = found.cpu()
     return ranks
 
 

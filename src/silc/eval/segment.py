@@ -21,14 +21,16 @@ from torch import Tensor
 
 from silc.data.images import normalise
 from silc.data.labelled import Masked, open_masked
-from silc.eval.embed import Progress, evaluating
+from silc.eval.embed import Features, Progress, agree, evaluating
 from silc.eval.metrics import Result, best_constant, confusion, iou, miou, pixel_accuracy
 from silc.eval.prompts import TEMPLATES, ClassEmbeddings, class_embeddings, resolve_templates
 from silc.eval.protocols import Protocol, encode, fit, foreground, label_map, probability_scale, protocol
 from silc.model.silc import Silc
+from silc.parallel import World, gather
 
 # Shapes: N pictures, C classes, h x w label map.
 
+ALONE = World(0, 1, torch.device("cpu"))
 CONFUSIONS = 5000
 """Pairs of classes that a result lists, the most frequent first."""
 
@@ -52,13 +54,15 @@ class Config:
     """Pictures with the lowest mIoU of their own, which are listed and written, too."""
 
 
-def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
+def run(model: Silc, folder: Path | str, cfg: Config, features: Features | None = None) -> Result:
     """mIoU over the classes that occur (in truth or prediction) and pixel accuracy, at the masks' own resolution.
 
     Chance is the best constant prediction. Void pixels are left out; classes that come in no mask but are predicted
     count as 0. Intervals: bootstrap over pictures. ValueError for a set that is not as `open_masked` wants it, an
-    unknown protocol or template, or a set whose masks are all void.
+    unknown protocol or template, or a set whose masks are all void. The processes of `features.world`
+    each take every size-th picture; all get the result, and the leader writes its own pictures.
     """
+    world = features.world if features and features.world else ALONE
     data = open_masked(folder, cfg.split, cfg.kind)
     how = protocol(cfg.protocol, data.name)
     templates = resolve_templates(cfg.templates) if cfg.templates else list(how.templates or TEMPLATES)
@@ -67,11 +71,22 @@ def run(model: Silc, folder: Path | str, cfg: Config) -> Result:
     skipped = len(data.classes) - len(named)
     names = class_embeddings(model, named, templates)
     names = dataclasses.replace(names, owner=names.owner + skipped, classes=len(data.classes))
-    tally, shown = Tally(len(data.classes), data.void), Shown(data, cfg)
-    progress = Progress(f"segment {data.name}", len(data))
-    for index, truth, label in _predictions(model, data, names, how, cfg.batch):
-        shown.add(index, label, tally.add(index, truth, label))
-        progress.add(1)
+    tally = Tally(len(data.classes), data.void)
+    shown = Shown(data, cfg if world.leads else dataclasses.replace(cfg, pictures=None))
+    mine = list(range(world.rank, len(data), world.size))
+    progress, failed = Progress(f"segment {data.name}", len(mine) if world.leads else 0), ""
+    try:
+        for index, truth, label in _predictions(model, data, mine, names, how, cfg.batch):
+            shown.add(index, label, tally.add(index, truth, label))
+            if world.leads:
+                progress.add(1)
+    except ValueError as error:  # told to all, so that none waits for this one's share
+        if world.size == 1:
+            raise
+        failed = str(error)
+    if world.size > 1:
+        agree(failed, world)
+        tally.merge(world)
     counts = tally.counts
     constant = best_constant(counts) if counts.sum() else (0.0, 0.0)
     scores = {"miou": miou(counts), "pixel_accuracy": pixel_accuracy(counts)}
@@ -108,10 +123,32 @@ class Tally:
         hit, true = one.diagonal(), one.sum(1)
         union = true + one.sum(0) - hit
         seen = union.nonzero()[:, 0]
-        self.indices.append(index)
-        self.found.append(torch.stack([seen, hit[seen], union[seen], true[seen]]).numpy())
-        self.mious[index] = round((hit[seen] / union[seen]).mean().item(), 5) if len(seen) else None
+        self.keep(index, torch.stack([seen, hit[seen], union[seen], true[seen]]).numpy())
         return self.mious[index]
+
+    def merge(self, world: World) -> None:
+        """Every process's pictures, in all of them."""
+        # one row a class that occurs in a picture, after one row a picture that says how many follow
+        both = zip(self.indices, self.found)
+        rows = [np.concatenate([[[index, found.shape[1], -1, -1]], found.T]) for index, found in both]
+        mine = torch.from_numpy(np.concatenate([np.zeros((0, 4), np.int64), *rows]))
+        lengths = gather(torch.tensor([len(mine)], device=world.device), world).tolist()
+        padded = torch.cat([mine, mine.new_zeros(max(lengths) - len(mine), 4)]).to(world.device)
+        everybody = gather(padded, world).cpu().unflatten(0, (world.size, -1))
+        self.counts = gather(self.counts[None].to(world.device), world).sum(0).cpu()
+        self.indices, self.found, self.mious = [], [], {}
+        for part, length in zip(everybody.numpy(), lengths):
+            at = 0
+            while at < length:
+                index, classes = int(part[at, 0]), int(part[at, 1])
+                self.keep(index, part[at + 1 : at + 1 + classes].T)
+                at += 1 + classes
+
+    def keep(self, index: int, found: np.ndarray) -> None:
+        self.indices.append(index)
+        self.found.append(found)
+        own = (found[1] / found[2]).mean() if found.shape[1] else None
+        self.mious[index] = None if own is None else round(float(own), 5)
 
     def dense(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Intersection [n, C], union [n, C] and true pixels [n] of some pictures, as float64."""
@@ -192,14 +229,14 @@ class Shown:
 
 
 def _predictions(
-    model: Silc, data: Masked, names: ClassEmbeddings, how: Protocol, batch: int
+    model: Silc, data: Masked, wanted: list[int], names: ClassEmbeddings, how: Protocol, batch: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index, truth [h, w], prediction [h, w]) of every picture, in no particular order."""
+    """(index, truth [h, w], prediction [h, w]) of every wanted picture, in no particular order."""
     cfg, scale = model.config.preprocess, probability_scale(how, model)
     by_names = data.background and how.background is None
     threshold = (how.floor or None) if by_names else how.background if data.background else None
     area = how.area if by_names else 0.0
-    for indices, pixels, truths in _same_size(model, data, how, batch):
+    for indices, pixels, truths in _same_size(model, data, wanted, how, batch):
         with evaluating(model):
             dense = encode(model, normalise(pixels.to(model.device), cfg.mean, cfg.std), how, batch)
             labels = [
@@ -210,7 +247,7 @@ def _predictions(
 
 
 def _same_size(
-    model: Silc, data: Masked, how: Protocol, batch: int
+    model: Silc, data: Masked, wanted: list[int], how: Protocol, batch: int
 ) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
     """Batches of pictures that the model sees at one size: indices, uint8 [B, 3, H, W], masks. Bounded memory."""
     def read(index: int) -> tuple[int, Tensor, Tensor]:
@@ -218,8 +255,8 @@ def _same_size(
 
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
     with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(data), 4 * batch):
-            for item in pool.map(read, range(start, min(start + 4 * batch, len(data)))):
+        for start in range(0, len(wanted), 4 * batch):
+            for item in pool.map(read, wanted[start : start + 4 * batch]):
                 group = waiting.setdefault(tuple(item[1].shape), [])
                 group.append(item)
                 # one size is full, or many rare sizes together hold too much: the fullest goes
