@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def test_the_rate_rises_to_its_peak_and_falls(steps: int, schedule: str) -> None
     rates = [learning_rate(s, steps, c) for s in range(steps)]
     warmup = max(1, round(0.1 * steps))
     assert all(0 <= r <= 1 for r in rates)
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[warmup:]))
     if steps >= 50:
         assert rates[-1] < 0.1 and max(rates) > 0.9
 

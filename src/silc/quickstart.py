@@ -21,13 +21,14 @@ from PIL import Image
 from silc import plan, recipes
 from silc.app import grids, report
 from silc.app.report import Section
+from silc.app.results import save
 from silc.app.runs import duration, read_run
 from silc.config import Config, Term
 from silc.data.emoji import Corpus, build
 from silc.data.images import normalise, preprocess
 from silc.data.labelled import Masked, open_masked
 from silc.eval.metrics import Result
-from silc.eval.run import evaluate, table, write
+from silc.eval.run import evaluate, fingerprint, table
 from silc.model.silc import Silc
 from silc.predict import load
 from silc.train.loop import train
@@ -78,7 +79,8 @@ def quickstart(
         for name, folder in runs.items():
             model = load(folder)
             results[name] = evaluate(model, corpus.evals, folder / "eval" / "pictures")
-            write(results[name], folder / "eval", {"run": str(folder), "recipe": plans[name].recipe})
+            about = {"model": str(folder), "recipe": plans[name].recipe, "sha256": fingerprint(model)}
+            save(results[name], folder / "eval", about)
             print(f"\n{name}\n\n" + table(results[name]))
     with phase(phases, "Report: plots, retrieved pictures, patch-text maps"):
         sections = [cost_section(plans, runs)] if compare else []
