@@ -97,7 +97,7 @@ of 21 rows within noise and two, R@5 and top-5 on held-out concepts, in favour o
 out by chance. One seed of one small model cannot show more, and SILC paid 1.6 times the FLOPs.
 
 The recipe's crop scale, distillation weight, local views and length were chosen after looking at scores on these very
-sets (a first one, with wider crops and weight 1, stayed at 6 times chance in text-to-image retrieval of held-out concepts
+sets (a first one, with wider crops and weight 1, stayed at 6 times chance in text-to-image R@1 of held-out concepts
 after 700 steps), so read the scores as a demonstration, not as an estimate on unseen data.
 """
 
