@@ -94,6 +94,16 @@ def test_the_same_command_again_changes_nothing(finished: Path, pairs: Path) -> 
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def test_killed_before_its_export_a_run_still_makes_it(finished: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "export")
+    main(command(pairs, out))
+    again, before = (folder / "export" / "model.safetensors" for folder in (out, finished))
+    assert again.read_bytes() == before.read_bytes()
+    assert not (out / ".export.part").exists()
+
+
 def launch(args: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "silc", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ}

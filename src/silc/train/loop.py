@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -227,9 +229,10 @@ class Run:
                         self.evaluate(done)
                 if asked and done < c.steps:
                     raise Stopped(f"stopped by {asked[0]} at step {done}, saved. The same command goes on from there.")
-        if first < c.steps:
-            self.export()
+        # a run that was killed between its last checkpoint and its export still owes both
+        if not parallel.all_agree((self.folder / "export").exists(), self.world):
             self.evaluate(c.steps)
+            self.export()
 
     def next(self, stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch on the device; the time spent waiting for it is kept, bad samples are counted and listed."""
@@ -272,10 +275,13 @@ class Run:
         model = self.whole_model()
         others = checkpoint.collect(self.task)
         if self.world.leads:
-            model.save(self.folder / "export", {"recipe": self.config.recipe, "steps": self.config.steps})
-            self.tokenizer.save(self.folder / "export")
+            part = self.folder / ".export.part"
+            shutil.rmtree(part, ignore_errors=True)
+            model.save(part, {"recipe": self.config.recipe, "steps": self.config.steps})
+            self.tokenizer.save(part)
             others = {k: v for k, v in others.items() if not k.startswith("task.student.model.")}
-            save_file(others, self.folder / "export" / "training.safetensors")
+            save_file(others, part / "training.safetensors")
+            os.replace(part, self.folder / "export")
         parallel.barrier(self.world)
 
     def evaluate(self, done: int) -> None:
