@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from silc import predict
+from silc.app import overlays
 from silc.config import ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
 from silc.data.tokenizer import byte_tokenizer
 from silc.eval.protocols import Protocol
@@ -163,14 +164,14 @@ def test_overlays_show_what_was_found(picture):
     predictor = predict.Predictor(Channels())
     texts = ["red", "blue", "a very long text that will not fit over its picture in any case at all"]
     maps = predictor.heatmap(picture, texts)
-    sheet = np.asarray(predict.overlay_heatmap(picture, maps, texts, columns=2)).astype(int)
+    sheet = np.asarray(overlays.overlay_heatmap(picture, maps, texts, columns=2)).astype(int)
     assert sheet.shape[2] == 3
     # second panel, the map of `red`: brighter on its left half
     middle, half = sheet.shape[0] // 4 + 12, sheet.shape[1] // 2
     assert sheet[middle, half + 40].sum() > sheet[middle, -60].sum() + 100
     label = predictor.segment(picture, ["green", "blue", "red"])
     palette = [[0, 255, 0], [0, 0, 255], [255, 0, 0]]
-    drawn = np.asarray(predict.overlay_labels(picture, label, ["green", "blue", "red"], palette))
+    drawn = np.asarray(overlays.overlay_labels(picture, label, ["green", "blue", "red"], palette))
     found = {tuple(c) for c in drawn.reshape(-1, 3).tolist()}
     assert (0, 0, 255) in found and (255, 0, 0) in found and (0, 255, 0) not in found, "the legend has what occurs"
-    assert len({predict._colour(i) for i in range(200)}) > 190
+    assert len({overlays._colour(i) for i in range(200)}) > 190

@@ -140,7 +140,8 @@ def heatmap(args: list[str]) -> None:
             out: The PNG to write.
             how: The segmentation protocol whose size, windows and read-out are used: whole-image, tcl, tips, ...
         """
-        from silc.predict import Predictor, load, overlay_heatmap
+        from silc.app.overlays import overlay_heatmap
+        from silc.predict import Predictor, load
 
         maps = Predictor(load(model)).heatmap(image, list(text), how=how)
         overlay_heatmap(image, maps, text).save(out)

@@ -1,6 +1,7 @@
 """Every setting of silc as frozen, typed data.
 
-Gives: `Config` and its parts, `to_dict` / `from_dict` (strict: an unknown key names its nearest match), `nearest`.
+Gives: `Config` and its parts, `to_dict` / `from_dict` (strict: an unknown key names its nearest match), `nearest`,
+`read_json`.
 Used by: everyone. Defaults live here and nowhere else; `recipes.py` derives named configs from them.
 """
 
@@ -363,6 +364,19 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"config: {name} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError names the file when it cannot be read, is not JSON, or holds no object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
+    return data
 
 
 def save_json(path: Path, config: Any) -> None:

@@ -1,28 +1,26 @@
 """A picture and words in; labels, similarity maps and label maps out.
 
-Gives: load, open_transformers, Predictor (classify, heatmap, segment), as_image, overlay_heatmap, overlay_labels.
-Used by: the command line, app/demo, anyone in Python.
+Gives: load, open_transformers, Predictor (classify, heatmap, segment), as_image.
+Used by: the command line, app/*, anyone in Python.
 """
 
 from __future__ import annotations
 
-import colorsys
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from silc.config import DataConfig
+from silc.config import DataConfig, read_json
 from silc.data.images import BadSample, decode, normalise, preprocess
 from silc.data.tokenizer import Tokenizer, load_tokenizer
 from silc.eval.embed import evaluating
@@ -64,7 +62,7 @@ def load(target: str | Path) -> Silc:
         raise ValueError(f"the run {target} has no `export` folder yet: let it reach its first save.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} holds no model: there is no {CONFIG_NAME} in it.")
-    described = _json(folder / CONFIG_NAME)
+    described = read_json(folder / CONFIG_NAME)
     if "model_type" in described:
         model, report = open_transformers(folder)
         print(report, file=sys.stderr)
@@ -82,11 +80,11 @@ def open_transformers(folder: Path) -> tuple[Silc, LoadReport]:
     stated = folder / "preprocessor_config.json"
     try:
         model, report = from_transformers(
-            _json(folder / CONFIG_NAME), _tensors(folder), _json(stated) if stated.is_file() else None)
+            read_json(folder / CONFIG_NAME), _tensors(folder), read_json(stated) if stated.is_file() else None)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     rules = folder / "tokenizer_config.json"
-    named = str(_json(rules).get("tokenizer_class", "")) if rules.is_file() else ""
+    named = str(read_json(rules).get("tokenizer_class", "")) if rules.is_file() else ""
     # the first SigLIP took punctuation away and padded with its end token; its vocabulary goes by this file name
     first = (named.startswith("Siglip") and not named.startswith("Siglip2")) or (folder / "spiece.model").is_file()
     text = model.config.text
@@ -105,20 +103,10 @@ def _with_tokenizer(model: Silc, tokenizer: Tokenizer, folder: Path) -> Silc:
     return model
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
-    return data
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """The state dict of one safetensors file, or of the shards that its index lists."""
     index = folder / f"{WEIGHTS_NAME}.index.json"
-    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS_NAME]
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS_NAME]
     tensors: dict[str, Tensor] = {}
     for name in names:
         # an index is data from elsewhere: it may name files beside it only
@@ -262,81 +250,3 @@ def _texts(texts: Sequence[str], kind: str) -> list[str]:
 
 def _protocol(how: Protocol | str) -> Protocol:
     return protocol(how) if isinstance(how, str) else how
-
-
-# ---------------------------------------------------------------- pictures of the answers
-
-HEAT = np.array(
-    [(12, 10, 40), (74, 22, 106), (148, 42, 98), (214, 74, 64), (246, 140, 40), (252, 214, 92), (255, 255, 220)]
-)
-"""Dark to bright, evenly rising in lightness."""
-
-
-def overlay_heatmap(image: Picture, maps: Tensor, texts: Sequence[str], columns: int = 4) -> Image.Image:
-    """The picture, then one panel a text with its map [T, H, W] over it and the range of its cosines.
-
-    All panels share one colour scale: a text that is nowhere in the picture stays dark beside one that is.
-    """
-    pixels = as_image(image).permute(1, 2, 0).numpy()
-    values = maps.float().numpy()
-    low, high = float(values.min()), float(values.max())
-    stops = np.linspace(0, 1, len(HEAT))
-    panels = [("picture", pixels)]
-    for text, one in zip(texts, values):
-        level = (one - low) / max(high - low, 1e-12)
-        heat = np.stack([np.interp(level, stops, HEAT[:, c]) for c in range(3)], -1)
-        grey = pixels.mean(-1, keepdims=True)
-        panels.append((f"{one.min():.2f}…{one.max():.2f}  {text}", (0.3 * grey + 0.7 * heat).astype(np.uint8)))
-    return _grid(panels, columns)
-
-
-def overlay_labels(
-    image: Picture, label: Tensor, names: Sequence[str], palette: Sequence[Sequence[int]] | None = None
-) -> Image.Image:
-    """The picture beside its label map [H, W] in colours, with a legend of the labels that occur and their share."""
-    pixels, found = as_image(image).permute(1, 2, 0).numpy(), label.numpy()
-    colours = np.array(palette if palette is not None else [_colour(i) for i in range(len(names))])
-    painted = (0.35 * pixels + 0.65 * colours[found]).astype(np.uint8)
-    sheet = _grid([("picture", pixels), ("labels", painted)], 2)
-    share = np.bincount(found.ravel(), minlength=len(names)) / found.size
-    seen = [i for i in np.argsort(-share, kind="stable") if share[i] > 0]
-    font, line = _font(15), 24
-    wide = 60 + max(int(font.getlength(f"{names[i]}  100.0%")) for i in seen)
-    legend = Image.new("RGB", (sheet.width + wide, max(sheet.height, line * len(seen) + 40)), "white")
-    legend.paste(sheet)
-    draw = ImageDraw.Draw(legend)
-    for row, i in enumerate(seen):
-        top = 34 + row * line
-        draw.rectangle((sheet.width + 8, top, sheet.width + 24, top + 16), fill=tuple(int(v) for v in colours[i]))
-        draw.text((sheet.width + 32, top - 1), f"{names[i]}  {100 * share[i]:.1f}%", fill="black", font=font)
-    return legend
-
-
-def _grid(panels: Sequence[tuple[str, np.ndarray]], columns: int, side: int = 320) -> Image.Image:
-    """Titled panels in rows, each picture's long side `side` pixels."""
-    height, width = panels[0][1].shape[:2]
-    w, h = (max(1, round(v * side / max(height, width))) for v in (width, height))
-    gap, title, font = 10, 24, _font(15)
-    # a title needs room also over a narrow picture
-    cell = max(w, 160)
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (h + title + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (text, pixels) in enumerate(panels):
-        left, top = gap + i % columns * (cell + gap), gap + i // columns * (h + title + gap)
-        while font.getlength(text) > cell and len(text) > 4:
-            text = text[: max(1, len(text) * 9 // 10 - 1)].rstrip("…") + "…"
-        draw.text((left, top), text, fill="black", font=font)
-        sheet.paste(Image.fromarray(pixels).resize((w, h), Image.Resampling.BICUBIC), (left, top + title))
-    return sheet
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    """Colours far apart for neighbouring indices: hues by the golden ratio, lightness in turns."""
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.55)[index % 2], (0.95, 0.75, 0.6)[index % 3])
-    return round(255 * red), round(255 * green), round(255 * blue)

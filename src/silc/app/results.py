@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from silc.config import read_json
 from silc.eval.metrics import Result
 from silc.eval.run import file_name, table, versions, write
 
@@ -70,14 +71,14 @@ def read(folder: Path) -> Outcome:
     if not places:
         raise ValueError(f"{folder} holds no {SUMMARY}: give a folder that `silc eval MODEL ... --out FOLDER` wrote.")
     place = places[0]
-    about = _object(place / SUMMARY)
+    about = read_json(place / SUMMARY)
     listed = about.get("sets")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{place / SUMMARY} lists no set: was it written by `silc eval`?")
     sets = {}
     for name, one in listed.items():
         # the name is made anew, not believed: a file from elsewhere may say anything
-        sets[name] = _object(place / f"{file_name(name)}.json")
+        sets[name] = read_json(place / f"{file_name(name)}.json")
         if not isinstance(sets[name].get("metrics"), dict) or not isinstance(sets[name].get("details"), dict):
             raise ValueError(f"{place / file_name(name)}.json has no metrics and details: evaluate {name} again.")
         sets[name] = {"chance": {}, **one, **sets[name]}
@@ -119,15 +120,3 @@ def _digits(values: Sequence[float]) -> str | list[float]:
 
 def _unpacked(values: str | Sequence[float]) -> np.ndarray:
     return np.array([float(value) for value in values], np.float64)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
-    return data
