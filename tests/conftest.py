@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+
+from silc import recipes
+from silc.config import Config
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -36,6 +40,17 @@ def write_pairs(folder: Path, copies: int = 5) -> Path:
             rows.append({"image": name, "caption": [f"a {colour} {shape}", f"drawing of a {shape} in {colour}"]})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def at_mu_size(name: str, global_size: int, local_size: int) -> Config:
+    """A recipe with the towers and prototypes of `mu`, small views, and every term on from the first step."""
+    recipe, small = recipes.get(name), recipes.mu()
+    o = replace(recipe.objective, prototypes=small.objective.prototypes)
+    o = replace(o, distill=replace(o.distill, start=0.0), masked=replace(o.masked, start=0.0))
+    model = replace(small.model, scale_init=recipe.model.scale_init, bias_init=recipe.model.bias_init)
+    model = replace(model, preprocess=replace(model.preprocess, size=global_size))
+    views = replace(recipe.views, global_size=global_size, local_size=local_size, photometric="none")
+    return replace(small, model=model, objective=o, views=views, train=replace(small.train, batch=4))
 
 
 @pytest.fixture(scope="session")

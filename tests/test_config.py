@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import at_mu_size
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,13 +114,8 @@ def test_every_parameter_is_in_one_decay_group() -> None:
 @pytest.mark.parametrize("name", ["clip", "silc", "silc-s", "views-only", "siglip2-style", "tips-style"])
 def test_counted_flops_agree_with_the_profiler(name: str) -> None:
     """Shapes against torch's own counter, one whole step; attention runs as plain products so that it is counted."""
-    recipe, small = recipes.get(name), recipes.mu()
-    o = replace(recipe.objective, prototypes=small.objective.prototypes)
-    o = replace(o, distill=replace(o.distill, start=0.0), masked=replace(o.masked, start=0.0))
-    model = replace(small.model, scale_init=recipe.model.scale_init, bias_init=recipe.model.bias_init)
-    views = replace(recipe.views, global_size=64, local_size=32, photometric="none")
-    model = replace(model, preprocess=replace(model.preprocess, size=64))
-    c = replace(small, model=model, objective=o, views=views, train=replace(small.train, batch=4))
+    c = at_mu_size(name, 64, 32)
+    views = c.views
     task, _ = build(c, World(0, 1, torch.device("cpu")))
     batch = {
         "image": torch.zeros(4, 3, 64, 64, dtype=torch.uint8),

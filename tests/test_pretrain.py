@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import at_mu_size
 
 from silc import losses, recipes
 from silc.config import Config, Term
@@ -62,12 +63,8 @@ def step(task: Pretrain, optimizer: torch.optim.Optimizer, n: int) -> dict[str, 
 
 @pytest.mark.parametrize("name", [n for n in recipes.names() if n not in ("mu", "quickstart")])
 def test_every_recipe_takes_a_step_and_reports_its_terms(name: str) -> None:
-    recipe, small = recipes.get(name), recipes.mu()
-    o = replace(recipe.objective, prototypes=small.objective.prototypes)
-    o = replace(o, distill=replace(o.distill, start=0.0), masked=replace(o.masked, start=0.0))
-    model = replace(small.model, scale_init=recipe.model.scale_init, bias_init=recipe.model.bias_init)
-    views = replace(recipe.views, global_size=32, local_size=16, photometric="none")
-    c = replace(small, model=model, objective=o, views=views, train=replace(small.train, batch=4))
+    c = at_mu_size(name, 32, 16)
+    o, views = c.objective, c.views
     task, optimizer = build(c, ALONE)
     batch = batch_of(c)
     if views.locals == 0:
