@@ -1,21 +1,53 @@
 """Every objective of silc as a pure function of tensors; nothing here knows of modules, processes or schedules.
 
-Gives: sigmoid_contrastive, softmax_contrastive, teacher_probs, distill, masked_patches, entropy.
+No matrix of logits is ever kept: each is made tile by tile, and the gradient is made from the tile while it is there.
+That costs one more product per contrastive tile, which is quicker than writing the matrix and reading it back.
+
+Gives: sigmoid_contrastive, softmax_contrastive, distill, Target, Distilled.
 Used by: train/pretrain.py; several processes only change the arguments (gathered rows and an offset), never the code.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Shapes: B local batch, M global batch (M = B in one process), D shared space, K prototypes,
-# S/T student/teacher views, N patches.
+# Shapes: B local batch, M global batch (M = B in one process), D shared space, K prototypes, d their width,
+# S/T student/teacher views.
+
+SIDE = 1024
+"""Rows and columns of a contrastive tile: 4 MiB, which stays in a core's cache."""
+BLOCK = 2**24
+"""Prototype logits in the making at any time: 64 MiB, enough rows for the matrix products to run at full speed."""
+CACHED = 2**20
+"""Of these, how many a CPU softmaxes at once, so that they stay in its cache; a GPU takes the whole block."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fp32(loss: Callable[P, R]) -> Callable[P, R]:
+    """The loss in full precision, also when it is called amid autocast."""
+
+    @functools.wraps(loss)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(args[0].device.type, enabled=False):  # type: ignore[attr-defined]
+            return loss(*args, **kwargs)
+
+    return run
+
+
+# ---------------------------------------------------------------- image and text
+
+
+@fp32
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int = 0) -> Tensor:
     """SigLIP's loss (arXiv 2303.15343, eq. 1): every pair is its own yes/no question.
 
@@ -27,67 +59,230 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
                 sign = +1 if j == offset + i else -1
                 loss += -log(sigmoid(sign * (scale * image[i] @ text[j] + bias))) / B
     """
-    logits = image.float() @ text.float().T * scale + bias
-    # -log sigmoid(z) = softplus(z) - z, so the positives only subtract their logit from a sum over all pairs
-    return (F.softplus(logits).sum() - logits.diagonal(offset).sum()) / len(image)
+    return _Sigmoid.apply(image.float(), text.float(), scale.float(), bias.float(), offset)  # type: ignore[no-any-return]
 
 
+@fp32
 def softmax_contrastive(
-    image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, scale: Tensor, offset: int = 0
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    offset: int = 0,
+    over_processes: Callable[[Tensor], Tensor] = lambda lse: lse,
 ) -> Tensor:
     """CLIP's loss (SILC section 3.1): choose the right text for an image and the right image for a text.
 
-    image, text [B, D] are this process's rows, all_image, all_text [M, D] everybody's, all L2-normalised. In words:
+    image [B, D] are this process's rows, text [M, D] everybody's, both L2-normalised; image i belongs to text
+    offset + i. `over_processes` turns every process's log-sum-exp [M] over its own images into that over all images,
+    which is all that a text needs to know of the others' images. The mean over processes of the result is the loss of
+    the whole batch, and so are the gradients. In words, with I all images:
 
         for i in range(B):
-            loss += cross_entropy(scale * image[i] @ all_text.T, offset + i) / (2 * B)
-            loss += cross_entropy(scale * text[i] @ all_image.T, offset + i) / (2 * B)
+            loss += cross_entropy(scale * image[i] @ text.T, offset + i) / (2 * B)
+            loss += cross_entropy(scale * text[offset + i] @ I.T, offset + i) / (2 * B)
     """
-    target = torch.arange(len(image), device=image.device) + offset
-    to_text = F.cross_entropy(image.float() @ all_text.float().T * scale, target)
-    to_image = F.cross_entropy(text.float() @ all_image.float().T * scale, target)
-    return (to_text + to_image) / 2
+    return _Softmax.apply(image.float(), text.float(), scale.float(), offset, over_processes)  # type: ignore[no-any-return]
 
 
-def teacher_probs(logits: Tensor, centre: Tensor, temp: float) -> Tensor:
-    """Centred and sharpened targets: softmax((logits - centre) / temp) over K, fp32, no gradient (DINO, eq. 1)."""
-    return ((logits.detach().float() - centre) / temp).softmax(-1)
+def _tiles(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and the product scale * image[rows] @ text[columns].T, in one buffer that is used again."""
+    scaled = image * scale
+    buffer = image.new_empty(min(SIDE, len(image)) * min(SIDE, len(text)))
+    for top in range(0, len(image), SIDE):
+        rows = slice(top, min(top + SIDE, len(image)))
+        for left in range(0, len(text), SIDE):
+            columns = slice(left, min(left + SIDE, len(text)))
+            shape = (rows.stop - top, columns.stop - left)
+            tile = buffer[: shape[0] * shape[1]].view(shape)
+            yield rows, columns, torch.mm(scaled[rows], text[columns].T, out=tile)
 
 
-def distill(student: Tensor, teacher: Tensor, temp: float, same_view: int = 0) -> Tensor:
-    """Prototype cross-entropy of every student view against every teacher view (SILC section 3.2).
+def _matching(tile: Tensor, rows: slice, columns: slice, offset: int) -> Tensor:
+    """View of the entries of a tile in which image and text belong together; maybe empty."""
+    diagonal = rows.start + offset - columns.start
+    if -len(tile) < diagonal < tile.shape[1]:
+        return tile.diagonal(diagonal)
+    return tile[:0, 0]
 
-    student [S, B, K] logits, teacher [T, B, K] probabilities. The first `same_view` student views are the teacher's own
-    and are not compared with themselves. ValueError when that leaves nothing to compare. In plain words:
+
+class _Contrastive(torch.autograd.Function):
+    """What both forms share: the gradients are ready when the loss is; backward only scales them."""
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [g.mul_(grad) for g in ctx.gradients]
+        del ctx.gradients
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
+
+
+class _Sigmoid(_Contrastive):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+        d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+        loss, d_bias = image.new_zeros(()), image.new_zeros(())
+        for rows, columns, tile in _tiles(image, text, scale):
+            tile += bias
+            # -log sigmoid(z) = softplus(z) - z, so the positives only subtract their logit from a sum over all pairs
+            loss += F.softplus(tile).sum() - _matching(tile, rows, columns, offset).sum()
+            tile.sigmoid_()
+            _matching(tile, rows, columns, offset).sub_(1)
+            d_bias += tile.sum()
+            d_image[rows].addmm_(tile, text[columns])
+            d_text[columns].addmm_(tile.T, image[rows])
+        d_scale = (d_image * image).sum().view_as(scale)
+        n = len(image)
+        factor = scale / n
+        ctx.gradients = [d_image.mul_(factor), d_text.mul_(factor), d_scale.div_(n), d_bias.view_as(bias).div_(n)]
+        return loss / n
+
+
+class _Softmax(_Contrastive):
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, offset: int, over: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        n, m = len(image), len(text)
+        by_row, by_column = image.new_full((n,), -torch.inf), image.new_full((m,), -torch.inf)
+        matching = image.new_empty(n)
+        for rows, columns, tile in _tiles(image, text, scale):
+            by_row[rows] = torch.logaddexp(by_row[rows], tile.logsumexp(1))
+            by_column[columns] = torch.logaddexp(by_column[columns], tile.logsumexp(0))
+            own = _matching(tile, rows, columns, offset)
+            first = max(rows.start, columns.start - offset)
+            matching[first : first + len(own)] = own
+        by_column = over(by_column)
+        d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+        for rows, columns, tile in _tiles(image, text, scale) if any(ctx.needs_input_grad) else ():
+            chosen_text = (tile - by_row[rows, None]).exp_()
+            both = tile.sub_(by_column[columns]).exp_().add_(chosen_text)
+            _matching(both, rows, columns, offset).sub_(2)
+            d_image[rows].addmm_(both, text[columns])
+            d_text[columns].addmm_(both.T, image[rows])
+        d_scale = (d_image * image).sum().view_as(scale)
+        factor = scale / (2 * n)
+        ctx.gradients = [d_image.mul_(factor), d_text.mul_(factor), d_scale.div_(2 * n)]
+        return (by_row + by_column[offset : offset + n] - 2 * matching).mean() / 2
+
+
+# ---------------------------------------------------------------- student and teacher
+
+
+class Target(NamedTuple):
+    """What the teacher makes of T views, without its logits: softmax((features @ prototypes.T - centre) / temp), the
+    centred and sharpened distribution over K prototypes (DINO, eq. 1)."""
+
+    features: Tensor
+    """[T, B, d], unit length."""
+    prototypes: Tensor
+    """[K, d], unit length."""
+    centre: Tensor
+    """[K]."""
+    temp: float
+
+
+class Distilled(NamedTuple):
+    loss: Tensor
+    entropy: Tensor
+    """Of the teacher's distributions, mean, in nats: ln K is uniform, near 0 is a collapse to single prototypes."""
+    use: Tensor
+    """Share of the prototypes (of those that so many distributions could fill) that lead one."""
+
+
+@fp32
+def distill(
+    student: Tensor, prototypes: Tensor, target: Target, temp: float, same_view: int = 0, compiled: bool = False
+) -> Distilled:
+    """Prototype cross-entropy of every student view against every teacher view (SILC section 3.2); with one view of
+    each and patches for pictures it is masked patch prediction (iBOT).
+
+    student [S, B, d] and prototypes [K, d] are unit length. The first `same_view` student views are the teacher's own
+    and are not compared with themselves; ValueError when that leaves nothing to compare. `compiled` fuses what is
+    done to a block of logits (torch.compile). In plain words, with p the teacher's distributions [T, B, K]:
 
         for s in range(S):
             for t in range(T):
                 if not (s == t and s < same_view):
-                    loss += mean over B of -(teacher[t] * log_softmax(student[s] / temp)).sum(-1), averaged over pairs
+                    q = log_softmax(student[s] @ prototypes.T / temp)
+                    loss += mean over B of -(p[t] * q).sum(-1), averaged over pairs
     """
-    log_probs = (student.float() / temp).log_softmax(-1)
-    pairs = -torch.einsum("sbk,tbk->st", log_probs, teacher) / student.shape[1]
-    skipped = min(same_view, len(student), len(teacher))
-    count = pairs.numel() - skipped
-    if count == 0:
+    views, skipped = len(student), min(same_view, len(student), len(target.features))
+    if views * len(target.features) == skipped:
         raise ValueError("distillation has no pair of different views: ask for a local view or a second global one.")
-    return (pairs.sum() - pairs.diagonal()[:skipped].sum()) / count
+    loss, entropy, leading = _Distill.apply(student.float(), prototypes.float(), target, temp, skipped, compiled)
+    fillable = min(target.features.shape[0] * target.features.shape[1], len(prototypes))
+    return Distilled(loss, entropy, leading.sum() / fillable)
 
 
-def masked_patches(
-    student: Tensor, teacher: Tensor, mask: Tensor, temp: float, form: Literal["masked", "all"] = "masked"
-) -> Tensor:
-    """Predict the teacher's patch prototypes where the student's input was hidden.
+class _Distill(torch.autograd.Function):
+    """Block by block over pictures: logits of both sides, their gradient, its share of the sums; then the next."""
 
-    student [B, N, K] logits, teacher [B, N, K] probabilities, mask [B, N] (True: hidden from the student).
-    `masked`: hidden patches only (iBOT); `all`: every patch, hidden or not (iBOT++ of TIPSv2). Each picture weighs the
-    same, whatever its number of hidden patches.
-    """
-    ce = -(teacher * (student.float() / temp).log_softmax(-1)).sum(-1)
-    weight = mask.float() if form == "masked" else torch.ones_like(ce)
-    return ((ce * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, prototypes: Tensor, target: Target, temp: float, skipped: int, compiled: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        views, pictures, width = student.shape
+        targets, count = len(target.features), len(prototypes)
+        scale = 1 / ((views * targets - skipped) * pictures)
+        # pictures lead, so that a block is one slice and one matrix product serves all its views
+        rows = (student / temp).transpose(0, 1).contiguous()
+        teacher = (target.features / target.temp).transpose(0, 1).contiguous()
+        centre = target.centre / target.temp
+        block = max(1, BLOCK // ((views + targets) * count))
+        part = max(1, CACHED // ((views + targets) * count)) if student.device.type == "cpu" else block
+        aimed, learn = (_compiled(_aimed), _compiled(_learn)) if compiled else (_aimed, _learn)
+        wanted = any(ctx.needs_input_grad)
+        d_rows = torch.empty_like(rows)
+        d_prototypes = torch.zeros_like(prototypes) if wanted else prototypes.new_empty(0)
+        loss, entropy = student.new_zeros(()), student.new_zeros(())
+        leading = student.new_zeros(count)
+        buffer = student.new_empty(min(block, pictures) * (views + targets), count)
+        for first in range(0, pictures, block):
+            x, y = rows[first : first + block], teacher[first : first + block]
+            logits, aims = buffer[: len(x) * (views + targets)].split([len(x) * views, len(x) * targets])
+            torch.mm(x.flatten(0, 1), prototypes.T, out=logits)
+            aims = torch.mm(y.flatten(0, 1), target.prototypes.T, out=aims).unflatten(0, (-1, targets))
+            for z, aim in zip(logits.unflatten(0, (-1, views)).split(part), aims.split(part)):
+                p, each_entropy, leads = aimed(aim, centre)
+                every = p.sum(1, keepdim=True)
+                own, free = z[:, :skipped], z[:, skipped:]
+                if skipped:
+                    loss = loss + learn(own, every - p[:, :skipped], targets - 1)
+                loss, entropy = loss + learn(free, every, targets), entropy + each_entropy
+                leading.scatter_(0, leads, 1.0)
+            if wanted:  # the logits are their own gradient by now
+                torch.mm(logits, prototypes, out=d_rows[first : first + block].view(-1, width))
+                d_prototypes.addmm_(logits.T, x.flatten(0, 1))
+        if wanted:
+            ctx.gradients = d_rows.mul_(scale / temp).transpose(0, 1), d_prototypes.mul_(scale)
+        entropy = entropy / (pictures * targets)
+        ctx.mark_non_differentiable(entropy, leading)
+        return loss * scale, entropy, leading
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_student, d_prototypes = (g.mul_(grad) for g in ctx.gradients)
+        del ctx.gradients
+        return d_student, d_prototypes, None, None, None, None
 
 
-def entropy(probs: Tensor) -> Tensor:
-    """Mean entropy over the last axis, in nats: ln K is uniform, near 0 is a collapse to single prototypes."""
-    return torch.special.entr(probs).sum(-1).mean()
+def _aimed(logits: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher logits [n, T, K] -> their distributions, the sum of their entropies, and who leads each [n * T]."""
+    log_p = (logits - centre).log_softmax(-1)
+    p = log_p.exp()
+    return p, -(p * log_p).sum(), p.argmax(-1).flatten()
+
+
+def _learn(logits: Tensor, aim: Tensor, pairs: int) -> Tensor:
+    """Summed cross-entropy of student logits [n, s, K] with the sum of `pairs` distributions [n, s or 1, K]; the
+    logits become its gradient in place."""
+    log_q = logits.log_softmax(-1)
+    loss = -torch.linalg.vecdot(log_q, aim).sum()
+    torch.exp(log_q, out=logits).mul_(pairs).sub_(aim)
+    return loss
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(function, dynamic=False)

@@ -84,6 +84,17 @@ def gather(x: Tensor, world: World) -> Tensor:
     return x if world.size == 1 else cast(Tensor, Gather.apply(x))
 
 
+def logsumexp(x: Tensor, world: World) -> Tensor:
+    """Element by element, of every process's x; without gradient."""
+    if world.size == 1:
+        return x
+    top = x.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    total = (x - top).exp_()
+    dist.all_reduce(total)
+    return top + total.log_()
+
+
 def mean(x: Tensor, world: World) -> Tensor:
     """Mean over processes, without gradient."""
     if world.size == 1:

@@ -7,7 +7,8 @@ Used by: train/loop.py. One step, as the paper tells it (SILC section 3), is `Pr
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ from silc import losses
 from silc.config import Config, ObjectiveConfig, PreprocessConfig
 from silc.data.images import normalise
 from silc.data.views import photometric
+from silc.model.prototypes import Projected
 from silc.model.silc import Silc
-from silc.parallel import World, gather, mean
-from silc.train.student import Hyper, Output, Student, Targets, Teacher, Views, aligned
+from silc.parallel import World, gather, logsumexp, mean
+from silc.train.student import Hyper, Output, Student, Teacher, Views, aligned
 
-# Shapes: B local batch, V views aligned with the text, G/L global/local views, K prototypes, N patches.
+# Shapes: B local batch, V views aligned with the text, G/L global/local views, K prototypes, N patches, H hidden ones.
+
+
+class Targets(NamedTuple):
+    """What the teacher says of the global views and, as one view of many small pictures, of patches."""
+
+    views: losses.Target | None
+    patches: losses.Target | None
 
 
 class Pretrain(nn.Module):
@@ -67,14 +76,14 @@ class Pretrain(nn.Module):
         views, text = self.views(batch, step, hyper), batch["tokens"]
         if micro == 1:
             output = self.run(views, text, hyper)
-            terms = self.terms(output, self.targets(views, output, hyper), views, hyper)
+            terms = self.terms(output, self.targets(views, output, hyper), hyper)
             terms["loss"].backward()
             return {k: v.detach() for k, v in terms.items()}
         return self.accumulate([_rows(views, i, micro) for i in range(micro)], text.chunk(micro), hyper)
 
-    def terms(self, out: Output, targets: Targets, views: Views, hyper: Hyper) -> dict[str, Tensor]:
+    def terms(self, out: Output, targets: Targets, hyper: Hyper) -> dict[str, Tensor]:
         """The loss by named terms: L = w_c L_contrast + w_d L_distill + w_m L_masked."""
-        terms = {"contrast": self.contrast(out)} | self.teacher_terms(out, targets, views, hyper)
+        terms = {"contrast": self.contrast(out)} | self.teacher_terms(out, targets, hyper)
         return {"loss": self.total(terms, hyper)} | terms
 
     def total(self, terms: dict[str, Tensor], hyper: Hyper) -> Tensor:
@@ -83,43 +92,48 @@ class Pretrain(nn.Module):
 
     def contrast(self, out: Output) -> Tensor:
         """Mean over views of the image-text loss, each view against the whole batch of texts."""
-        offset, all_text = self.world.rank * len(out.text), gather(out.text, self.world)
+        offset, text = self.world.rank * len(out.text), gather(out.text, self.world)
         if self.objective.kind == "sigmoid" and out.bias is not None:
-            per_view = [losses.sigmoid_contrastive(v, all_text, out.scale, out.bias, offset) for v in out.image]
+            per_view = [losses.sigmoid_contrastive(v, text, out.scale, out.bias, offset) for v in out.image]
         else:
-            per_view = [
-                losses.softmax_contrastive(v, out.text, gather(v, self.world), all_text, out.scale, offset)
-                for v in out.image
-            ]
+            over = partial(logsumexp, world=self.world)
+            per_view = [losses.softmax_contrastive(v, text, out.scale, offset, over) for v in out.image]
         return torch.stack(per_view).mean()
 
-    def teacher_terms(self, out: Output, targets: Targets, views: Views, hyper: Hyper) -> dict[str, Tensor]:
+    def teacher_terms(self, out: Output, targets: Targets, hyper: Hyper) -> dict[str, Tensor]:
+        """What the student learns from the teacher, and how the teacher fares."""
         o, terms = self.objective, {}
         if out.views is not None and targets.views is not None:
-            same = len(targets.views) if o.global_to_global else 0
-            terms["distill"] = losses.distill(out.views, targets.views, o.student_temp, same)
-            terms |= _diagnose(targets.views)
-        if out.patches is not None and targets.patches is not None and views.mask is not None:
-            terms["masked"] = losses.masked_patches(
-                out.patches, targets.patches, views.mask, o.student_temp, o.masked_form
-            )
+            same = len(targets.views.features) if o.global_to_global else 0
+            found = self.distill(out.views, targets.views, same)
+            terms = {"distill": found.loss, "teacher_entropy": found.entropy, "prototype_use": found.use}
+        if out.patches is not None and targets.patches is not None:
+            # patches are pictures of which there is one view on either side
+            patches = out.patches._replace(features=out.patches.features.flatten(0, 1)[None])
+            terms["masked"] = self.distill(patches, targets.patches).loss
         return terms
+
+    def distill(self, student: Projected, target: losses.Target, same_view: int = 0) -> losses.Distilled:
+        temp, compiled = self.objective.student_temp, self.config.train.compile
+        return losses.distill(student.features, student.prototypes, target, temp, same_view, compiled)
 
     @torch.no_grad()
     def targets(self, views: Views, out: Output, hyper: Hyper) -> Targets:
-        """Teacher probabilities of the global views; the batch's mean logits are kept for the centres."""
+        """What the teacher says of global views and of patches; the batch's mean logits are kept for the centres."""
         if not hyper.needs_teacher:
             return Targets(None, None)
         with self.autocast():
-            view_logits, patch_logits = self.teacher(views, out, hyper)
-        probs: list[Tensor | None] = []
-        for name, logits in (("view_centre", view_logits), ("patch_centre", patch_logits)):
-            if logits is None:
-                probs.append(None)
-                continue
-            self.new_centres.setdefault(name, []).append(logits.float().mean((0, 1)))
-            probs.append(losses.teacher_probs(logits, getattr(self, name), self.objective.teacher_temp))
-        return Targets(*probs)
+            of_views, of_patches = self.teacher(views, out, hyper)
+        if of_patches is not None:
+            of_patches = of_patches._replace(features=of_patches.features.flatten(0, 1)[None])
+        return Targets(self.target("view_centre", of_views), self.target("patch_centre", of_patches))
+
+    def target(self, centre: str, teacher: Projected | None) -> losses.Target | None:
+        if teacher is None:
+            return None
+        # the mean of the logits is the logit of the mean
+        self.new_centres.setdefault(centre, []).append(teacher.prototypes @ teacher.features.mean((0, 1)))
+        return losses.Target(*teacher, getattr(self, centre), self.objective.teacher_temp)
 
     def accumulate(self, views: list[Views], text: tuple[Tensor, ...], hyper: Hyper) -> dict[str, Tensor]:
         """The step in micro-batches, with the contrastive gradient of the whole batch (GradCache, arXiv 2101.06983).
@@ -142,7 +156,7 @@ class Pretrain(nn.Module):
         n, parts = len(views), []
         for i, (v, t) in enumerate(zip(views, text)):
             out = self.run(v, t, hyper)
-            terms = self.teacher_terms(out, self.targets(v, out, hyper), v, hyper)
+            terms = self.teacher_terms(out, self.targets(v, out, hyper), hyper)
             loss = _driven(out, whole, i, n)
             if extra := {k: v for k, v in terms.items() if k in ("distill", "masked")}:
                 loss = loss + self.total(extra, hyper) / n
@@ -182,22 +196,26 @@ class Pretrain(nn.Module):
         p, o = self.model.config.preprocess, self.objective
         original = normalise(batch["image"], p.mean, p.std) if o.contrast_views != "global" else None
         wants_globals = o.contrast_views != "original" or hyper.needs_teacher
-        big = small = mask = None
+        big = small = mask = judged = None
         if wants_globals:
             big = _pixels(batch, "globals", slice(0, len(batch["globals"])), p)
         if hyper.distill > 0 and "locals" in batch:
             small = _pixels(batch, "locals", slice(len(batch["globals"]), None), p)
         if hyper.masked > 0:
-            mask = self.mask(len(batch["tokens"]), step).to(self.world.device)
-        return Views(original, big, small, mask)
+            mask, judged = self.mask(len(batch["tokens"]), step)
+        return Views(original, big, small, mask, judged if o.masked_form == "masked" else None)
 
-    def mask(self, batch: int, step: int) -> Tensor:
-        """[B, N] with the same share of patches hidden in every picture; a function of seed, step and row."""
+    def mask(self, batch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Hidden patches as a mask [B, N] and as indices [B, H], as many in every picture; a function of seed, step
+        and row."""
         n = (self.config.views.global_size // self.model.config.image.patch) ** 2
         generator = torch.Generator().manual_seed(hash((self.config.seed, step)) % 2**63)
         noise = torch.rand(batch * self.world.size, n, generator=generator)
         mine = noise[self.world.rank * batch : (self.world.rank + 1) * batch]
-        return mine.argsort(1).argsort(1) < round(self.objective.mask_ratio * n)
+        if self.world.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            mine = mine.pin_memory().to(self.world.device, non_blocking=True)
+        hidden = mine.argsort(1)[:, : round(self.objective.mask_ratio * n)]
+        return torch.zeros_like(mine, dtype=torch.bool).scatter_(1, hidden, True), hidden
 
 
 def _driven(out: Output, whole: Output, i: int, n: int) -> Tensor:
@@ -220,15 +238,10 @@ def _rows(views: Views, i: int, n: int) -> Views:
     def cut(x: Tensor | None, axis: int) -> Tensor | None:
         return None if x is None else x.chunk(n, axis)[i]
 
-    return Views(cut(views.original, 0), cut(views.globals, 1), cut(views.locals, 1), cut(views.mask, 0))
+    return Views(
+        cut(views.original, 0), cut(views.globals, 1), cut(views.locals, 1), cut(views.mask, 0), cut(views.judged, 0)
+    )
 
 
 def _aligned_only(views: Views, config: ObjectiveConfig) -> Views:
-    return Views(views.original, views.globals if aligned("globals", config) else None, None, None)
-
-
-def _diagnose(probs: Tensor) -> dict[str, Tensor]:
-    """Entropy of the teacher's targets, and the share of prototypes (of those this batch could fill) that lead one."""
-    rows, count = probs.shape[0] * probs.shape[1], probs.shape[-1]
-    leading = torch.zeros(count, device=probs.device).scatter_(0, probs.argmax(-1).flatten(), 1.0)
-    return {"teacher_entropy": losses.entropy(probs), "prototype_use": leading.sum() / min(rows, count)}
+    return Views(views.original, views.globals if aligned("globals", config) else None, None, None, None)

@@ -1,6 +1,6 @@
 """Student and teacher, and what passes between them in one step.
 
-Gives: Student (model and heads, one forward call), Teacher (EMA), Hyper, Views, Output, Targets.
+Gives: Student (model and heads, one forward call), Teacher (EMA), Hyper, Views, Output.
 Used by: train/pretrain.py.
 """
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from silc.config import ObjectiveConfig
-from silc.model.prototypes import PrototypeHead
+from silc.model.prototypes import Projected, PrototypeHead
 from silc.model.silc import Silc
 from silc.model.towers import ImageTower
 
-# Shapes: B local batch, V views aligned with the text, S views that learn, G/L global/local views, K prototypes,
-# N patches, D shared space, W width of the image tower.
+# Shapes: B local batch, V views aligned with the text, S views that learn, G/L global/local views, N patches
+# (H of them predicted), K prototypes of width d, D shared space, W width of the image tower.
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,8 @@ class Views(NamedTuple):
     locals: Tensor | None
     mask: Tensor | None
     """[B, N]: patches of the first global view hidden from the student."""
-
-
-class Targets(NamedTuple):
-    """Teacher probabilities: of the global views [G, B, K] and of the first one's patches [B, N, K]."""
-
-    views: Tensor | None
-    patches: Tensor | None
+    judged: Tensor | None
+    """[B, H]: those patches whose prediction counts; None: all of them."""
 
 
 class Output(NamedTuple):
@@ -64,14 +59,14 @@ class Output(NamedTuple):
     text: Tensor
     scale: Tensor
     bias: Tensor | None
-    views: Tensor | None
-    """[S, B, K] prototype logits of the views that learn from the teacher."""
-    patches: Tensor | None
-    """[B, N, K] prototype logits of the masked view's patches."""
+    views: Projected | None
+    """Features [S, B, d] of the views that learn from the teacher."""
+    patches: Projected | None
+    """Features [B, H, d] of the masked view's patches that count."""
     features: Tensor | None
     """[G, B, D] pooled global views, detached, for a head-only teacher."""
     tokens: Tensor | None
-    """[B, N, W] patch tokens of the first global view, unmasked and detached, likewise."""
+    """[B, H, W] patch tokens of the first global view, unmasked and detached, likewise."""
 
 
 class Student(nn.Module):
@@ -116,11 +111,20 @@ class Student(nn.Module):
             scale=self.model.scale,
             bias=self.model.bias,
             views=self.view_head(torch.cat([pooled[n] for n in learned])) if self.view_head and hyper.distill else None,
-            patches=self.patch_head(encoded["masked"].tokens) if self.patch_head and hyper.masked else None,
+            patches=self.patch_head(chosen(encoded["masked"].tokens, views.judged))
+            if self.patch_head and hyper.masked
+            else None,
             # a head-only teacher reads the student's own features; sharded modules must not return views
             features=pooled["globals"].detach().clone() if lends else None,
-            tokens=encoded["globals"].tokens[: len(text)].detach().clone() if lends and hyper.masked > 0 else None,
+            tokens=chosen(encoded["globals"].tokens[: len(text)].detach().clone(), views.judged)
+            if lends and hyper.masked > 0
+            else None,
         )
+
+
+def chosen(tokens: Tensor, rows: Tensor | None) -> Tensor:
+    """Of tokens [B, N, W] the rows [B, H], or all."""
+    return tokens if rows is None else tokens.take_along_dim(rows[..., None], dim=1)
 
 
 def aligned(name: str, config: ObjectiveConfig) -> bool:
@@ -139,13 +143,15 @@ class Teacher(nn.Module):
         self.patch_head: PrototypeHead | None = copy.deepcopy(student.patch_head)
         self.requires_grad_(False)
 
-    def forward(self, views: Views, student: Output, hyper: Hyper) -> tuple[Tensor | None, Tensor | None]:
-        """-> view logits [G, B, K], patch logits [B, N, K], each None when its term is off."""
+    def forward(self, views: Views, student: Output, hyper: Hyper) -> tuple[Projected | None, Projected | None]:
+        """-> features of the views [G, B, d] and of patches [B, H, d], each None when its term is off."""
+        tokens: Tensor | None
         if self.image is not None:
             assert views.globals is not None
             encoded = self.image([views.globals.flatten(0, 1)])[0]
             features = encoded.pooled.unflatten(0, views.globals.shape[:2])
             tokens = encoded.tokens[: views.globals.shape[1]]
+            tokens = chosen(tokens, views.judged) if hyper.masked > 0 else tokens
         else:  # head-only EMA: the student's own features, at no cost
             assert student.features is not None
             features, tokens = student.features, student.tokens
