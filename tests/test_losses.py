@@ -89,7 +89,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Tiles as they are, and so small that every batch needs many, of uneven sizes."""
     if request.param:
         monkeypatch.setattr(losses, "SIDE", request.param)
-        monkeypatch.setattr(losses, "BLOCK", 60)
+        monkeypatch.setattr(losses, "BLOCK", 240)
         monkeypatch.setattr(losses, "CACHED", 25)
 
 
@@ -346,6 +346,23 @@ def test_distill_is_least_where_the_student_says_what_the_teacher_says() -> None
     assert distilled(student + 0.05 * normal(1, 4, 8, seed=1).float(), teacher, 0.1).loss > at_best
 
 
+@pytest.mark.usefixtures("tiles")
+def test_with_bf16_products_the_loss_and_its_gradient_are_nearly_the_same() -> None:
+    """Twenty pictures, so that the gradient of the prototypes is added up over blocks."""
+    student, teacher = unit(4, 20, 32, seed=0).float(), unit(2, 20, 32, seed=1).float()
+    mine, theirs = unit(24, 32, seed=2).float(), unit(24, 32, seed=3).float()
+    target = Target(teacher, theirs, torch.zeros(24), 0.1)
+
+    def loss(products: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, w: distill(x, w, target, 0.1, 2, products).loss
+
+    exact, wanted = with_gradients(loss(torch.float32), student, mine)
+    coarse, found = with_gradients(loss(torch.bfloat16), student, mine)
+    assert coarse.item() == pytest.approx(exact.item(), rel=2e-3)
+    for a, b in zip(found, wanted):
+        assert a.dtype == torch.float32 and 0 < (a - b).norm() / b.norm() < 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("same", [0, 2])
 def test_the_compiled_form_is_the_same_loss(same: int) -> None:
@@ -359,7 +376,7 @@ def test_the_compiled_form_is_the_same_loss(same: int) -> None:
 
 
 def test_not_all_logits_are_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "BLOCK", 2 * 12 * 512)
+    monkeypatch.setattr(losses, "BLOCK", 4 * 2 * 12 * 512)
     monkeypatch.setattr(losses, "CACHED", 12 * 512)
     student, teacher = unit(10, 32, 4, seed=0).float().requires_grad_(), unit(2, 32, 4, seed=1).float()
     mine = unit(512, 4, seed=2).float().requires_grad_()

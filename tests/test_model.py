@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from silc.config import ImageTowerConfig, ModelConfig, PrototypeConfig, TextTowerConfig
 from silc.model.layers import MapHead, pack, resize_grid, unpack
-from silc.model.prototypes import PrototypeHead
+from silc.model.prototypes import Projected, PrototypeHead
 from silc.model.silc import Silc
 from silc.model.towers import ImageTower, TextTower
 
@@ -422,16 +422,26 @@ def test_a_new_model_starts_as_the_formulas_say() -> None:
     assert model.scale.item() == pytest.approx(10.0, rel=1e-5) and model.bias.item() == -10.0  # type: ignore[union-attr]
 
 
-def test_prototype_logits_are_fp32_cosines_also_under_autocast() -> None:
+def test_prototype_head_gives_both_sides_of_fp32_cosines_also_under_autocast() -> None:
     head = PrototypeHead(WIDTH, PrototypeConfig(count=50, hidden=16, bottleneck=8, layers=3))
     randomise(head)
     x = torch.randn(2, 4, WIDTH)
     hidden = F.gelu(head.layers[1](F.gelu(head.layers[0](x))))
     expected = F.cosine_similarity(head.layers[2](hidden)[..., None, :], head.prototypes, dim=-1)
-    assert close(head(x), expected)
+    assert close(cosines(head(x)), expected)
     with torch.autocast("cpu", torch.bfloat16):
         rough = head(x)
-    assert rough.dtype == torch.float32 and close(rough, expected, 0.05)
+    assert all(side.dtype == torch.float32 for side in rough) and close(cosines(rough), expected, 0.05)
+    # both sides are unit vectors, and the gradient of the prototypes is that of PyTorch's own normalisation
+    assert all(close(side.norm(dim=-1), torch.ones(side.shape[:-1])) for side in rough)
+    weight = torch.randn(50, 8)
+    found = torch.autograd.grad((head(x).prototypes * weight).sum(), head.prototypes)[0]
+    wanted = torch.autograd.grad((F.normalize(head.prototypes, dim=-1) * weight).sum(), head.prototypes)[0]
+    assert close(found, wanted)
+
+
+def cosines(projected: Projected) -> torch.Tensor:
+    return projected.features @ projected.prototypes.T
 
 
 @pytest.mark.parametrize("pool", POOLS)

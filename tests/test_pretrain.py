@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import at_mu_size
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from silc import losses, recipes
 from silc.config import Config, Term
 from silc.data.images import normalise
+from silc.data.views import draw_photometric, sample_rng
 from silc.model.prototypes import PrototypeHead
 from silc.model.silc import Silc
 from silc.parallel import World
@@ -204,6 +208,46 @@ def test_the_temperature_stays_under_its_clamp() -> None:
     task, optimizer = build(config(max_scale=14.0), ALONE)
     step(task, optimizer, 0)
     assert task.model.scale.item() <= 14.0001
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operations by which the host would wait for a GPU: a tensor's value read, or a shape that depends on
+    values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # a boolean index is a nonzero in disguise
+        masks = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for a in args if isinstance(a, list) for i in a
+        )
+        if name in self.WAITS or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_host_never_waits_for_the_device_in_an_ordinary_step(kind: str, accumulate: int) -> None:
+    c = config(accumulate=accumulate, kind=kind, global_to_global=True, precision="bf16")
+    c = replace(c, views=replace(c.views, photometric="dino"))
+    task, optimizer = build(c, ALONE)
+    photo = np.stack([draw_photometric(c.views, sample_rng(0, i)) for i in range(c.train.batch)], 1)
+    step(task, optimizer, 0)
+    with HostReads() as reads:
+        task.forward_backward(batch_of(c, 1) | {"photo": photo}, 1)
+        clip_and_step(task.student.parameters(), optimizer, 1.0)
+        task.after_step(1)
+    assert reads.found == []
+    with HostReads() as reads:  # and such a read would be seen
+        float(torch.ones(2).sum())
+        _ = torch.ones(2)[torch.tensor([True, False])]
+    assert len(reads.found) == 2
 
 
 def worker(rank: int, world: int, port: int, shard: int, kinds: list[dict[str, object]], folder: str) -> None:

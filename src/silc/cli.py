@@ -37,12 +37,36 @@ def train(args: list[str]) -> None:
         print("\n`silc train RECIPE --help` lists every setting with its value in that recipe.")
         return
     name, rest = args[0], args[1:]
-    base = load_json(Path(name), Config) if name.endswith(".json") else recipes.get(name)
-    config = tyro.cli(Config, default=base, args=rest, prog=f"silc train {name}", description=_about(name))
+    config = tyro.cli(Config, default=_base(name), args=rest, prog=f"silc train {name}", description=_about(name))
     from silc.train.loop import train as run
 
     folder = run(config)
     print(f"done: {folder}  (model in {folder / 'export'}, numbers in {folder / 'metrics.jsonl'})")
+
+
+def plan(args: list[str]) -> None:
+    """Say what a run needs before it runs: memory, FLOPs, traffic, days and cost on given GPUs."""
+    from silc import recipes
+    from silc.app.planning import Asked, show
+    from silc.plan.estimate import sized
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: silc plan RECIPE|config.json [--gpus 256] [--gpu h100] [--size L/16] [--SECTION.KEY VALUE ...]\n")
+        print("recipes:\n" + _table(recipes.names()))
+        print("\n`silc plan RECIPE --help` lists every setting, those of the plan first.")
+        return
+    base, prog = _base(args[0]), f"silc plan {args[0]}"
+    asked = tyro.cli(Asked, default=Asked(config=base), args=args[1:], prog=prog)
+    if asked.size:  # what is said beside the size counts more
+        asked = tyro.cli(Asked, default=Asked(config=sized(base, asked.size)), args=args[1:], prog=prog)
+    print(show(asked.plan()))
+
+
+def _base(name: str) -> Config:
+    """The recipe of that name, or the config in that file."""
+    from silc import recipes
+
+    return load_json(Path(name), Config) if name.endswith(".json") else recipes.get(name)
 
 
 def _about(name: str) -> str:
@@ -160,6 +184,7 @@ def list_recipes(args: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "compare": compare,
     "heatmap": heatmap,

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 SIDE = 1024
 """Rows and columns of a contrastive tile: 4 MiB, which stays in a core's cache."""
-BLOCK = 2**24
-"""Prototype logits in the making at any time: 64 MiB, enough rows for the matrix products to run at full speed."""
+BLOCK = 2**26
+"""Bytes of prototype logits in the making at any time: enough rows for the matrix products to run at full speed."""
 CACHED = 2**20
 """Of these, how many a CPU softmaxes at once, so that they stay in its cache; a GPU takes the whole block."""
 
@@ -191,14 +191,21 @@ class Distilled(NamedTuple):
 
 @fp32
 def distill(
-    student: Tensor, prototypes: Tensor, target: Target, temp: float, same_view: int = 0, compiled: bool = False
+    student: Tensor,
+    prototypes: Tensor,
+    target: Target,
+    temp: float,
+    same_view: int = 0,
+    products: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> Distilled:
     """Prototype cross-entropy of every student view against every teacher view (SILC section 3.2); with one view of
     each and patches for pictures it is masked patch prediction (iBOT).
 
     student [S, B, d] and prototypes [K, d] are unit length. The first `same_view` student views are the teacher's own
-    and are not compared with themselves; ValueError when that leaves nothing to compare. `compiled` fuses what is
-    done to a block of logits (torch.compile). In plain words, with p the teacher's distributions [T, B, K]:
+    and are not compared with themselves; ValueError when that leaves nothing to compare. `products` is the precision in
+    which matrices are multiplied; softmaxes, sums and gradients are fp32 all the same. `compiled` fuses what is done to
+    a block of logits (torch.compile). In plain words, with p the teacher's distributions [T, B, K]:
 
         for s in range(S):
             for t in range(T):
@@ -209,7 +216,9 @@ def distill(
     views, skipped = len(student), min(same_view, len(student), len(target.features))
     if views * len(target.features) == skipped:
         raise ValueError("distillation has no pair of different views: ask for a local view or a second global one.")
-    loss, entropy, leading = _Distill.apply(student.float(), prototypes.float(), target, temp, skipped, compiled)
+    loss, entropy, leading = _Distill.apply(
+        student.float(), prototypes.float(), target, temp, skipped, products, compiled
+    )
     fillable = min(target.features.shape[0] * target.features.shape[1], len(prototypes))
     return Distilled(loss, entropy, leading.sum() / fillable)
 
@@ -219,29 +228,37 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, prototypes: Tensor, target: Target, temp: float, skipped: int, compiled: bool
+        ctx: Any,
+        student: Tensor,
+        prototypes: Tensor,
+        target: Target,
+        temp: float,
+        skipped: int,
+        products: torch.dtype,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         views, pictures, width = student.shape
         targets, count = len(target.features), len(prototypes)
         scale = 1 / ((views * targets - skipped) * pictures)
         # pictures lead, so that a block is one slice and one matrix product serves all its views
-        rows = (student / temp).transpose(0, 1).contiguous()
-        teacher = (target.features / target.temp).transpose(0, 1).contiguous()
+        rows = (student / temp).transpose(0, 1).to(products).contiguous()
+        teacher = (target.features / target.temp).transpose(0, 1).to(products).contiguous()
+        mine, theirs = prototypes.to(products), target.prototypes.to(products)
         centre = target.centre / target.temp
-        block = max(1, BLOCK // ((views + targets) * count))
+        block = max(1, BLOCK // ((views + targets) * count * rows.itemsize))
         part = max(1, CACHED // ((views + targets) * count)) if student.device.type == "cpu" else block
         aimed, learn = (_compiled(_aimed), _compiled(_learn)) if compiled else (_aimed, _learn)
         wanted = any(ctx.needs_input_grad)
         d_rows = torch.empty_like(rows)
-        d_prototypes = torch.zeros_like(prototypes) if wanted else prototypes.new_empty(0)
+        d_prototypes = torch.empty_like(prototypes) if wanted else prototypes.new_empty(0)
         loss, entropy = student.new_zeros(()), student.new_zeros(())
         leading = student.new_zeros(count)
-        buffer = student.new_empty(min(block, pictures) * (views + targets), count)
+        buffer = rows.new_empty(min(block, pictures) * (views + targets), count)
         for first in range(0, pictures, block):
             x, y = rows[first : first + block], teacher[first : first + block]
             logits, aims = buffer[: len(x) * (views + targets)].split([len(x) * views, len(x) * targets])
-            torch.mm(x.flatten(0, 1), prototypes.T, out=logits)
-            aims = torch.mm(y.flatten(0, 1), target.prototypes.T, out=aims).unflatten(0, (-1, targets))
+            torch.mm(x.flatten(0, 1), mine.T, out=logits)
+            aims = torch.mm(y.flatten(0, 1), theirs.T, out=aims).unflatten(0, (-1, targets))
             for z, aim in zip(logits.unflatten(0, (-1, views)).split(part), aims.split(part)):
                 p, each_entropy, leads = aimed(aim, centre)
                 every = p.sum(1, keepdim=True)
@@ -251,10 +268,10 @@ class _Distill(torch.autograd.Function):
                 loss, entropy = loss + learn(free, every, targets), entropy + each_entropy
                 leading.scatter_(0, leads, 1.0)
             if wanted:  # the logits are their own gradient by now
-                torch.mm(logits, prototypes, out=d_rows[first : first + block].view(-1, width))
-                d_prototypes.addmm_(logits.T, x.flatten(0, 1))
+                torch.mm(logits, mine, out=d_rows[first : first + block].view(-1, width))
+                _add_product(d_prototypes, logits.T, x.flatten(0, 1), scale, fresh=first == 0)
         if wanted:
-            ctx.gradients = d_rows.mul_(scale / temp).transpose(0, 1), d_prototypes.mul_(scale)
+            ctx.gradients = (d_rows.float() * (scale / temp)).transpose(0, 1), d_prototypes
         entropy = entropy / (pictures * targets)
         ctx.mark_non_differentiable(entropy, leading)
         return loss * scale, entropy, leading
@@ -264,12 +281,12 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_student, d_prototypes = (g.mul_(grad) for g in ctx.gradients)
         del ctx.gradients
-        return d_student, d_prototypes, None, None, None, None
+        return d_student, d_prototypes, None, None, None, None, None
 
 
 def _aimed(logits: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher logits [n, T, K] -> their distributions, the sum of their entropies, and who leads each [n * T]."""
-    log_p = (logits - centre).log_softmax(-1)
+    log_p = (logits.float() - centre).log_softmax(-1)
     p = log_p.exp()
     return p, -(p * log_p).sum(), p.argmax(-1).flatten()
 
@@ -277,10 +294,20 @@ def _aimed(logits: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _learn(logits: Tensor, aim: Tensor, pairs: int) -> Tensor:
     """Summed cross-entropy of student logits [n, s, K] with the sum of `pairs` distributions [n, s or 1, K]; the
     logits become its gradient in place."""
-    log_q = logits.log_softmax(-1)
+    log_q = logits.float().log_softmax(-1)
     loss = -torch.linalg.vecdot(log_q, aim).sum()
-    torch.exp(log_q, out=logits).mul_(pairs).sub_(aim)
+    logits.copy_(log_q.exp_().mul_(pairs).sub_(aim))
     return loss
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, fresh: bool) -> None:
+    """total = factor * a @ b, or where it is not `fresh` that much more; added up in fp32 whatever a and b are."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=factor, beta=0 if fresh else 1)
+    elif fresh:
+        total.copy_(a @ b).mul_(factor)  # PyTorch's mixed-precision arithmetic is 4 times slower than this copy
+    else:
+        total.add_((a @ b).float(), alpha=factor)
 
 
 @functools.cache

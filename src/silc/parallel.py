@@ -6,7 +6,9 @@ Used by: train/*; the only file that knows how many processes there are.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Numbers of malloc's settings in glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def keep_memory() -> None:
+    """Let the C library keep the memory that a step frees for the next one. Giving it back and asking again costs a
+    page fault per 4 KiB, a tenth to a fifth of a step on a CPU. Does nothing where the C library is not glibc."""
+    if sys.platform == "linux":
+        adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+        if adjust is not None:
+            adjust(M_MMAP_MAX, 0)
+            adjust(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def start(device: str = "auto", shard: int = 1) -> World:
     """Join the processes that torchrun started, if it did. `shard` of them share one copy of the weights."""
     place, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    if place.type == "cpu":
+        keep_memory()
     if size == 1:
         if shard != 1:
             raise ValueError(f"--train.shard {shard} needs that many processes: start with torchrun, or use 1.")

@@ -1,16 +1,18 @@
 """From the bytes of a picture file to pixels.
 
-Gives: `decode`, `resize`, `preprocess`, `normalise`, and `BadSample`, which says why a picture is unusable.
-Used by: data/pairs, data/labelled, data/views, predict, eval.
+Gives: `Picture`, `decode`, `resize`, `preprocess`, `normalise`, and `BadSample`, which says why a picture is unusable.
+Used by: data/pairs, data/labelled, data/loader, data/views, predict, train/pretrain, eval.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
@@ -33,6 +35,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
 
 
 class BadSample(Exception):
@@ -43,44 +46,94 @@ class BadSample(Exception):
         self.cause = cause
 
 
-def decode(data: bytes, max_pixels: int, at_least: int = 0) -> Tensor:
-    """Decode a JPEG, PNG, WebP, GIF (first frame) or BMP file to uint8 [3, H, W] RGB, upright, alpha over white.
+class Picture:
+    """A picture file of which only the header has been read: its size is known before its pixels are decoded.
 
-    The format is told by content, never by name. `max_pixels` bounds width x height as the header states them and is
-    checked before anything is decoded (Pillow's own limit, about 179 million, stays in force as well).
-    `at_least` > 0: the caller needs no more than this many pixels on the short side, so a JPEG may be decoded at a
-    half, quarter or eighth of its size, which is several times quicker; the short side stays >= `at_least` if it was.
-    The result lies channels-last in memory.
+    JPEG, PNG, WebP, GIF (first frame) or BMP; the format is told by content, never by name. `height` and `width` are
+    those of the upright picture. Only a JPEG's pixels can wait, since other formats may tell their orientation last.
 
-    Raises BadSample: `empty`, `not an image`, `too large`, `truncated` (the file ends early), `damaged`. A picture is
-    whole or refused: what was decoded of a truncated one is never returned.
+    Raises BadSample: `empty`, `not an image`, `too large`, `truncated` (the file ends early), `damaged`.
     """
-    if not data:
-        raise BadSample("empty")
-    image = _open(data)
-    pixels = image.width * image.height
-    if not 0 < pixels <= max_pixels:
-        raise BadSample("too large" if pixels else "damaged")
-    if at_least > 0:
-        image.draft(None, (at_least, at_least))
-    # Decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, IndexError ...
-    try:
-        image.load()
-        image = _to_rgb(_upright(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadSample("too large") from None
-    except Exception as error:
-        early = END_MARKS.get(image.format or "", b"") not in data or "truncated" in str(error).lower()
-        raise BadSample("truncated" if early or isinstance(error, EOFError) else "damaged") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        """`max_pixels` bounds width x height as the header states them and is checked before anything is decoded
+        (Pillow's own limit, about 179 million, stays in force as well)."""
+        if not data:
+            raise BadSample("empty")
+        self._data, self._image = data, _open(data)
+        self.width, self.height = self._image.size
+        pixels = self.width * self.height
+        if not 0 < pixels <= max_pixels:
+            raise BadSample("too large" if pixels else "damaged")
+        self._whole = None if self._image.format == "JPEG" else self._load()
+        if self._whole is not None:
+            self.height, self.width = self._whole.shape[1:]
+        elif _orientation(self._image) in SIDEWAYS:
+            self.height, self.width = self.width, self.height
+
+    def pixels(self, shrink: int = 1) -> Tensor:
+        """Decode to uint8 [3, H, W] RGB, upright, alpha over white, channels last in memory. Call it once.
+
+        `shrink` 2, 4 or 8: a JPEG's sides are divided by that (rounded up), which is quicker than decoding all of it;
+        other formats come at full size. A picture is whole or refused: what was decoded of a truncated one is never
+        returned.
+        """
+        if self._whole is not None:
+            return self._whole
+        if (quick := self._quick_jpeg(shrink)) is not None:
+            return quick
+        if shrink > 1:
+            self._image.draft(None, (self._image.width // shrink, self._image.height // shrink))
+        return self._load()
+
+    def _quick_jpeg(self, shrink: int) -> Tensor | None:
+        """An ordinary JPEG through libjpeg-turbo directly: Pillow's pixels without its copies. None: Pillow's turn."""
+        if self._image.mode not in ("RGB", "L") or _orientation(self._image) in UPRIGHT:
+            return None
+        height, width = -(-self.height // shrink), -(-self.width // shrink)
+        try:  # strict: whatever is not quite right is judged by Pillow
+            found = simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width, strict=True)
+        except ValueError:
+            return None
+        return torch.from_numpy(found).permute(2, 0, 1)
+
+    def _load(self) -> Tensor:
+        image = self._image
+        # Decoders of damaged files raise nearly anything: OSError, SyntaxError, ValueError, struct.error, IndexError
+        try:
+            image.load()
+            image = _to_rgb(_upright(image))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise BadSample("too large") from None
+        except Exception as error:
+            early = END_MARKS.get(image.format or "", b"") not in self._data or "truncated" in str(error).lower()
+            raise BadSample("truncated" if early or isinstance(error, EOFError) else "damaged") from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def decode(data: bytes, max_pixels: int, at_least: int = 0) -> Tensor:
+    """All of `Picture` in one call: uint8 [3, H, W]; raises BadSample.
+
+    `at_least` > 0: the caller needs no more than this many pixels on the short side, so a JPEG may be decoded at a
+    half, quarter or eighth of its size; the short side stays >= `at_least` if it was.
+    """
+    picture = Picture(data, max_pixels)
+    return picture.pixels(shrink_for(min(picture.height, picture.width) / at_least) if at_least > 0 else 1)
+
+
+def shrink_for(excess: float) -> int:
+    """How many times smaller a JPEG may be decoded that has `excess` times the pixels a side that are needed."""
+    return next((shrink for shrink in (8, 4, 2) if shrink <= excess), 1)
 
 
 def resize(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
     """Antialiased resize of uint8 [3, H, W] to uint8 [3, height, width]; what Pillow computes, to rounding."""
     if image.shape[-2:] == (height, width):
         return image
-    # uint8 with channels last is the one layout for which PyTorch has a vectorised kernel
+    # uint8 with channels last is the one layout for which PyTorch has a vectorised kernel; that kernel is quicker down
+    # than across, so most of the pixels go that way first
     pixels = image[None].contiguous(memory_format=torch.channels_last)
+    pixels = F.interpolate(pixels, (height, image.shape[-1]), mode=interpolation, antialias=True)
     return F.interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0]
 
 
@@ -103,8 +156,15 @@ def preprocess(image: Tensor, cfg: PreprocessConfig) -> Tensor:
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std as float32, on the device of `images` [..., 3, H, W]: uint8, or float in [0, 1]."""
     pixels = images.float() if images.is_floating_point() else images.float().div_(255)
-    shift, scale = (torch.tensor(tuple(v), dtype=torch.float32, device=images.device) for v in (mean, std))
-    return (pixels - shift[:, None, None]) / scale[:, None, None]
+    shift, scale = (constant(tuple(v), images.device)[:, None, None] for v in (mean, std))
+    return (pixels - shift).div_(scale)
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [n] on `device`, made once: copying numbers to a GPU anew in every step makes the host wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _centre(image: Tensor, side: int) -> Tensor:
@@ -123,12 +183,16 @@ def _open(data: bytes) -> Image.Image:
         raise BadSample("truncated" if webp or data.startswith(SIGNATURES) else "not an image") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # broken EXIF in a sound picture: show it as it lies
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    return image if orientation is None or orientation not in UPRIGHT else image.transpose(UPRIGHT[orientation])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from silc.config import Config
-from silc.data.images import decode, preprocess
+from silc.data.images import Picture, preprocess, shrink_for
 from silc.data.pairs import Bad, Mixture
-from silc.data.views import cut, draw_photometric, least_side, sample_rng
+from silc.data.views import cut, draw_crops, draw_photometric, room_for, sample_rng, spare
 
 CHUNK = 32
 """Most samples in one task of a worker: large enough that handing over costs little, small enough to share out."""
@@ -41,6 +41,7 @@ MAX_FLYING = 256
 """Chunks in the making at any time: each holds up to three file descriptors, of which a process may have 1,024."""
 CROP_AXIS = {"image": 0, "globals": 1, "locals": 1, "photo": 1}
 """Which axis of a chunk's arrays is the batch."""
+CPU = torch.device("cpu")
 
 Batch = dict[str, Any]
 
@@ -51,38 +52,48 @@ Batch = dict[str, Any]
 class Chunks(Dataset[Batch]):
     """Stretches of the stream, each as one dict of stacked arrays.
 
-    Its item [first, last) is: "image" uint8 [n, 3, S, S], "globals" uint8 [G, n, 3, H, W], "locals" uint8
-    [L, n, 3, h, w], "photo" float32 [G+L, n, P] (NumPy), each only where the config asks for it; "captions" and
+    Its item [first, last) is: "image" uint8 [n, S, S, 3], "globals" uint8 [G, n, H, W, 3], "locals" uint8
+    [L, n, h, w, 3], "photo" float32 [G+L, n, P] (NumPy), each only where the config asks for it; "captions" and
     "ids", lists of n; "bad", what was left out. Or {"error": sentence}: an exception would arrive as a traceback.
     """
 
     def __init__(self, config: Config, mixture: Mixture) -> None:
         self.config, self.mixture = config, mixture
         self.original = config.objective.contrast_views != "global"
-        size = config.model.preprocess.size if self.original else 0
-        self.at_least = max(least_side(config.views), size)
 
     def __getitem__(self, span: tuple[int, int]) -> Batch:
+        size, count = self.config.model.preprocess.size, len(range(*span))
+        room = room_for(self.config.views, count)
+        if self.original:
+            room["image"] = torch.empty((count, size, size, 3), dtype=torch.uint8)
         try:
-            made = [self.mixture.read(position, partial(self._sample, position)) for position in range(*span)]
+            made = [self.mixture.read(at, partial(self._sample, at, room, row)) for row, at in enumerate(range(*span))]
         except ValueError as error:
             return {"error": str(error)}
         samples, idents = [sample for sample, _, _ in made], [ident for _, ident, _ in made]
-        names = [name for name in CROP_AXIS if name in samples[0]]
-        chunk: Batch = {name: torch.stack([sample[name] for sample in samples], CROP_AXIS[name]) for name in names}
-        if "photo" in chunk:
-            chunk["photo"] = chunk["photo"].numpy()  # small: cheaper in the message than as shared memory
+        chunk: Batch = dict(room)
+        if self.config.views.photometric != "none":
+            # small: cheaper in the message than as shared memory
+            chunk["photo"] = np.stack([sample["photo"] for sample in samples], CROP_AXIS["photo"])
         bad = [item for _, _, items in made for item in items]
         return {**chunk, "captions": [s["caption"] for s in samples], "ids": idents, "bad": bad}
 
-    def _sample(self, position: int, data: bytes, captions: list[str], ident: str) -> dict[str, Any]:
-        views = self.config.views
-        image = decode(data, self.config.data.max_pixels, self.at_least)
+    def _sample(
+        self, position: int, room: dict[str, Tensor], row: int, data: bytes, captions: list[str], ident: str
+    ) -> dict[str, Any]:
+        """Draw for a picture, decode it no larger than the draw needs, and cut it into its row of `room`."""
+        views, size = self.config.views, self.config.model.preprocess.size
+        picture = Picture(data, self.config.data.max_pixels)
         rng = sample_rng(self.config.seed, position)
         made: dict[str, Any] = {"caption": captions[int(rng.integers(len(captions)))]}
-        made.update(cut(image, views, rng))
+        height, width = picture.height, picture.width
+        crops = draw_crops(height, width, views, rng)
+        excess = min(spare(crops), min(height, width) / size) if self.original else spare(crops)
+        image = picture.pixels(shrink_for(excess))
+        places = [view[row] for name in ("globals", "locals") if name in room for view in room[name]]
+        cut(image, crops, height, width, places)
         if self.original:
-            made["image"] = preprocess(image, self.config.model.preprocess)
+            room["image"][row] = preprocess(image, self.config.model.preprocess).permute(1, 2, 0)
         if views.photometric != "none":
             made["photo"] = draw_photometric(views, rng)
         return made
@@ -108,6 +119,7 @@ def batches(
     start_step: int,
     rank: int,
     world: int,
+    device: torch.device = CPU,
 ) -> Generator[Batch, None, None]:
     """This process's part of every batch from `start_step` on, endless.
 
@@ -117,7 +129,9 @@ def batches(
 
     "image" uint8 [B, 3, S, S] (if the objective contrasts the original), "globals" uint8 [G, B, 3, H, W],
     "locals" uint8 [L, B, 3, h, w] (if any), "tokens" int64 [B, length], "photo" float32 [G+L, B, P] (if
-    photometric), "ids" list of B, "bad" list of dicts (position, id, source, cause).
+    photometric; NumPy, as it stays on the host), "ids" list of B, "bad" list of dicts (position, id, source, cause).
+    Pictures lie channels-last in memory. Where `device` is a GPU, tensors are pinned while the batch is made ahead, so
+    that `.to(device, non_blocking=True)` overlaps with computing.
 
     Close the iterator (`.close()`) to end its workers. ValueError if `world` does not divide the batch, if shared
     memory is too small, or, while iterating, from the sources.
@@ -132,7 +146,7 @@ def batches(
     pieces = math.ceil(share / chunk)
     damage = mixture.damage if start_step == rank == 0 else []
     loader, closing = _loader(Chunks(config, mixture), spans, workers, chunk, pieces)
-    return _joined(loader, closing, pieces, tokenizer, damage)
+    return _joined(loader, closing, pieces, tokenizer, damage, device)
 
 
 def _loader(
@@ -185,6 +199,7 @@ def _joined(
     pieces: int,
     tokenizer: Callable[[list[str]], Tensor],
     damage: list[Bad],
+    device: torch.device,
 ) -> Generator[Batch, None, None]:
     iterator = _started(loader)
 
@@ -195,11 +210,14 @@ def _joined(
             iterator._shutdown_workers()
 
     def make() -> Batch:
-        return _join([_next(iterator) for _ in range(pieces)], tokenizer)
+        return _join([_next(iterator) for _ in range(pieces)], tokenizer, pinned)
 
     atexit.register(stop)
+    pinned = device.type == "cuda"
+    # Pinning is a thread's own GPU's affair: a new thread would wake the first one.
+    ready = partial(torch.cuda.set_device, device) if pinned else None
     # Joining copies a batch at memory speed, which is time that the training thread need not wait.
-    pool = ThreadPoolExecutor(1) if loader.num_workers else None
+    pool = ThreadPoolExecutor(1, initializer=ready) if loader.num_workers else None
     try:
         coming = pool.submit(make) if pool else None
         while True:
@@ -243,14 +261,24 @@ def _next(iterator: Iterator[Batch]) -> Batch:
     return chunk
 
 
-def _join(chunks: Sequence[Batch], tokenizer: Callable[[list[str]], Tensor]) -> Batch:
+def _join(chunks: Sequence[Batch], tokenizer: Callable[[list[str]], Tensor], pinned: bool) -> Batch:
     joined: Batch = {}
     for name, axis in CROP_AXIS.items():
-        if name in chunks[0]:
-            # NumPy's copy stays on one thread; PyTorch's would start a second pool of threads beside the training's.
-            joined[name] = torch.from_numpy(np.concatenate([np.asarray(chunk[name]) for chunk in chunks], axis))
+        if name not in chunks[0]:
+            continue
+        arrays = [np.asarray(chunk[name]) for chunk in chunks]
+        if name == "photo":
+            joined[name] = np.concatenate(arrays, axis)
+            continue
+        shape = list(arrays[0].shape)
+        shape[axis] = sum(array.shape[axis] for array in arrays)
+        whole = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        # NumPy's copy stays on one thread; PyTorch's would start a second pool of threads beside the training's.
+        np.concatenate(arrays, axis, out=whole.numpy())
+        joined[name] = whole.movedim(-1, -3)
     captions, ids, bad = (list(itertools.chain(*(c[name] for c in chunks))) for name in ("captions", "ids", "bad"))
-    return {**joined, "tokens": tokenizer(captions), "ids": ids, "bad": bad}
+    tokens = tokenizer(captions)
+    return {**joined, "tokens": tokens.pin_memory() if pinned else tokens, "ids": ids, "bad": bad}
 
 
 # ---------------------------------------------------------------- bad samples

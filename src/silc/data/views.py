@@ -1,19 +1,25 @@
 """Views: one picture, decoded once, cut into global and local crops; colours changed later, in batches, on the device.
 
-Gives: `sample_rng`, `crop_box`, `cut`, `least_side`, `draw_photometric`, `photometric`.
-Used by: data/loader (cuts and draws, on the CPU), train/pretrain (applies the photometric part where the model runs).
+Gives: `sample_rng`, `crop_box`, `Crop`, `draw_crops`, `spare`, `room_for`, `cut`, `draw_photometric`, `photometric`.
+Used by: data/loader (draws and cuts, on the CPU), train/pretrain (applies the photometric part where the model runs).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from silc.config import ViewsConfig
-from silc.data.images import resize
+from silc.data.images import constant, resize
+
+Numbers = NDArray[np.float32]
 
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a crop."""
@@ -27,11 +33,16 @@ P_JITTER, P_GREY, P_SOLARISE = 0.8, 0.2, 0.2
 P_BLUR = (1.0, 0.1, 0.5)
 """Of the first global view, of the other global views, of local views (and of a global view that is the only one)."""
 SIGMA = (0.1, 2.0)
+RADIUS = 4
+"""Of the blur's kernel, in pixels."""
 
 LUMA = (0.299, 0.587, 0.114)
 # The generator of hue rotation: an orthonormal quarter turn in the I-Q plane of YIQ, written in RGB, red towards green
 QUARTER_TURN = ((-0.16774, -0.32931, 0.49705), (0.328113, -0.035467, -0.292646), (-1.249546, 1.046339, 0.203207))
-SOLARISE_FROM = 128 / 255
+SOLARISE_FROM = 127.5 / 255
+"""What rounds to 128 or more."""
+IN_CACHE, ON_DEVICE = 2**18, 2**25
+"""Numbers that `photometric` works on at a time: what a core's cache holds, what keeps a GPU busy in little memory."""
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
@@ -41,6 +52,20 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
     """
     mask = 2**64 - 1
     return np.random.Generator(np.random.Philox(key=np.array([seed & mask, position & mask], dtype=np.uint64)))
+
+
+# ---------------------------------------------------------------- crops
+
+
+class Crop(NamedTuple):
+    """A box of a picture, in its pixels, and the view it becomes."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+    size: int
 
 
 def crop_box(
@@ -61,32 +86,52 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut(image: Tensor, views: ViewsConfig, rng: np.random.Generator) -> dict[str, Tensor]:
-    """uint8 [3, H, W] -> {"globals": uint8 [G, 3, S, S], "locals": uint8 [L, 3, s, s]}; a kind of zero views is absent.
+def draw_crops(height: int, width: int, views: ViewsConfig, rng: np.random.Generator) -> list[Crop]:
+    """The crops of a picture of this size, global ones first: each an independent `crop_box`, mirrored with probability
+    one half when `views.flip` (SILC section 3, after DINO's multi-crop)."""
+    kinds = [(views.global_size, views.global_scale)] * views.globals + [
+        (views.local_size, views.local_scale)
+    ] * views.locals
+    return [
+        Crop(*crop_box(height, width, scale, rng), views.flip and rng.random() < 0.5, size) for size, scale in kinds
+    ]
 
-    Each view is an independent `crop_box`, resized with antialiased bicubic, mirrored with probability one half when
-    `views.flip` (SILC section 3, after DINO's multi-crop).
-    """
-    kinds = (
-        ("globals", views.globals, views.global_size, views.global_scale),
-        ("locals", views.locals, views.local_size, views.local_scale),
-    )
+
+def spare(crops: Sequence[Crop]) -> float:
+    """How many times smaller, a side, the picture could be with every crop still having its view's number of pixels."""
+    return min((math.sqrt(c.height * c.width) / c.size for c in crops), default=math.inf)
+
+
+def room_for(views: ViewsConfig, samples: int) -> dict[str, Tensor]:
+    """Memory for the views of some samples: {"globals": uint8 [G, n, S, S, 3], "locals": uint8 [L, n, s, s, 3]}; a kind
+    of zero views is absent."""
+    kinds = {"globals": (views.globals, views.global_size), "locals": (views.locals, views.local_size)}
     return {
-        name: _crops(image, count, size, scale, views.flip, rng) for name, count, size, scale in kinds if count > 0
+        name: torch.empty((count, samples, size, size, 3), dtype=torch.uint8)
+        for name, (count, size) in kinds.items()
+        if count > 0
     }
 
 
-def least_side(views: ViewsConfig) -> int:
-    """`at_least` for `decode`: the short side, in pixels, from which no crop of a 4:3 picture has fewer pixels than its
-    view. A square picture's smallest crops may be enlarged by 1.15.
+def cut(image: Tensor, crops: Sequence[Crop], height: int, width: int, out: Sequence[Tensor]) -> None:
+    """Cut the crops drawn for a picture of `height` x `width` out of it, antialiased bicubic, each into its place.
+
+    `image` uint8 [3, H, W] may be that picture decoded smaller: boxes are rounded to its pixels. `out`: for each crop
+    uint8 [size, size, 3].
     """
-    sides = [views.global_size * math.sqrt(3 / 4 / views.global_scale[0])] if views.globals else [0.0]
-    if views.locals:
-        sides.append(views.local_size * math.sqrt(3 / 4 / views.local_scale[0]))
-    return math.ceil(max(sides))
+    down, across = image.shape[-2] / height, image.shape[-1] / width
+    for crop, view in zip(crops, out):
+        h, w = max(1, round(crop.height * down)), max(1, round(crop.width * across))
+        top = min(round(crop.top * down), image.shape[-2] - h)
+        left = min(round(crop.left * across), image.shape[-1] - w)
+        made = resize(image[:, top : top + h, left : left + w], crop.size, crop.size, "bicubic")
+        view.permute(2, 0, 1).copy_(made.flip(-1) if crop.mirrored else made)
 
 
-def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Tensor:
+# ---------------------------------------------------------------- colours and blur
+
+
+def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
     """Draw the parameters of one sample's views: float32 [G+L, P], columns as in `PHOTOMETRIC`, global views first.
 
     DINO's list with its published probabilities: jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grey 0.2, blur of sigma
@@ -104,74 +149,106 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Tensor:
     jitter = (u[:, :4] * 2 - 1) * JITTER * (u[:, 4:5] < P_JITTER) + (1, 1, 1, 0)
     sigma = (SIGMA[0] + (SIGMA[1] - SIGMA[0]) * u[:, 5]) * (u[:, 6] < p_blur)
     drawn = np.column_stack([jitter, u[:, 7] < P_GREY, sigma, u[:, 8] < p_solarise])
-    return torch.from_numpy(drawn.astype(np.float32))
+    return drawn.astype(np.float32)
 
 
-def photometric(pixels: Tensor, params: Tensor) -> Tensor:
-    """Apply drawn parameters: [V, B, 3, H, W] uint8 (or float in [0, 1]) with [V, B, P] -> float32 in [0, 1].
+def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Apply drawn parameters and normalise: [V, B, 3, H, W] uint8 (or float in [0, 1]) with [V, B, P] -> float32.
 
-    Colour jitter, grey, blur, solarise, in that order; deterministic, on the device of `pixels`; parameters are moved
-    there. Jitter is one affine map of the colours per view in a fixed order (brightness, contrast about the mean luma,
+    Colour jitter, grey, blur, solarise, in that order, then (x - mean) / std; deterministic, on the device of `pixels`.
+    Parameters lie on the host, which therefore knows whom to blur and to solarise and never waits for the device.
+    Jitter is one affine map of the colours per view in a fixed order (brightness, contrast about the mean luma,
     saturation, hue as a rotation of the YIQ plane) with one clamp at its end; torchvision's goes in random order,
-    turns hue in HSV and clamps in between. Blur is a whole Gaussian, mirrored at the border, so that any size works.
+    turns hue in HSV and clamps in between. Blur is DINOv2's: a Gaussian of 9 taps, mirrored at the border.
     """
-    params = params.to(pixels.device, torch.float32)
-    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    with torch.autocast(pixels.device.type, enabled=False):
-        for view, (x, p) in enumerate(zip(pixels, params)):  # one view at a time bounds the temporaries
-            x = x.float() if x.is_floating_point() else x.float().div_(255)
-            x = _blur(_colour(x, p), p[:, PHOTOMETRIC.index("sigma")])
-            solarised = (p[:, PHOTOMETRIC.index("solarise"), None, None, None] > 0) & (x >= SOLARISE_FROM)
-            out[view] = torch.where(solarised, 1 - x, x)
-    return out
+    device, shape = pixels.device, pixels.shape
+    pixels, rows = pixels.flatten(0, 1), params.reshape(-1, params.shape[-1]).astype(np.float64)
+    # A blur keeps flat colours, so it commutes with normalisation, which then costs nothing as part of the affine map
+    spread = np.asarray(std)[:, None]
+    matrix = _colour_matrix(rows) / spread / (1.0 if pixels.is_floating_point() else 255.0)
+    sigma, solarise = rows[:, PHOTOMETRIC.index("sigma")], rows[:, PHOTOMETRIC.index("solarise")]
+    table = np.concatenate([matrix.reshape(-1, 9), _luma_kept(rows, pixels), _taps(sigma)], 1).astype(np.float32)
+    numbers = torch.from_numpy(table).to(device, non_blocking=True)
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
+    step = max(1, (IN_CACHE if device.type == "cpu" else ON_DEVICE) // max(1, math.prod(shape[2:])))
+    with torch.autocast(device.type, enabled=False):
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            made = out[part]
+            _colour(pixels[part], numbers[part], mean, std, made)
+            if (some := _where(sigma[part], device)) is not None:
+                made[some] = _blur(made[some], numbers[part][some, 10:])
+            if (some := _where(solarise[part], device)) is not None:
+                made[some] = _solarise(made[some], mean, std)
+    return out.view(shape)
 
 
-def _crops(
-    image: Tensor, count: int, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
-) -> Tensor:
-    out = torch.empty((count, 3, size, size), dtype=torch.uint8)
-    for view in out:
-        top, left, h, w = crop_box(image.shape[-2], image.shape[-1], scale, rng)
-        crop = resize(image[:, top : top + h, left : left + w], size, size, "bicubic")
-        view.copy_(crop.flip(-1) if flip and rng.random() < 0.5 else crop)
-    return out
+def _where(column: NDArray[np.float64], device: torch.device) -> slice | Tensor | None:
+    """The rows that are not zero, as an index; None if there are none."""
+    found = np.flatnonzero(column > 0)
+    if len(found) in (0, len(column)):
+        return slice(None) if len(found) else None
+    return torch.from_numpy(found).to(device, non_blocking=True)
 
 
-def _colour(x: Tensor, params: Tensor) -> Tensor:
-    """Jitter and grey of [B, 3, H, W] in [0, 1]. Written without matrix products, which a device may round to TF32."""
-    brightness, contrast, saturation, hue, grey = params[:, :5].unbind(1)
-    luma = x.new_tensor(LUMA)
+def _colour_matrix(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, P] -> [N, 3, 3]: brightness, contrast without its shift, saturation, hue and grey of each row."""
+    brightness, contrast, saturation, hue, grey = rows[:, :5].T[:, :, None, None]
     chroma, angle = saturation * (1 - grey), hue * (2 * math.pi)
-    keep, turn = (f[:, None, None] for f in (chroma * angle.cos(), chroma * angle.sin()))
+    keep, turn = chroma * np.cos(angle), chroma * np.sin(angle)
     # Luma stays, chroma is scaled and turned: keep = 1, turn = 0 is the identity exactly
-    matrix = keep * torch.eye(3, device=x.device) + (1 - keep) * luma + turn * x.new_tensor(QUARTER_TURN)
-    matrix = (brightness * contrast)[:, None, None] * matrix
-    shift = (1 - contrast) * brightness * (x.mean((2, 3)) * luma).sum(1)
-    out = torch.empty_like(x)
-    for channel, weights in enumerate(matrix[..., None, None].unbind(1)):
-        out[:, channel] = weights[:, 0] * x[:, 0] + weights[:, 1] * x[:, 1] + weights[:, 2] * x[:, 2]
-    return out.add_(shift[:, None, None, None]).clamp_(0, 1)
+    luma, quarter = np.asarray(LUMA), np.asarray(QUARTER_TURN)
+    return brightness * contrast * (keep * np.eye(3) + (1 - keep) * luma + turn * quarter)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of [B, 3, H, W] with a sigma per sample [B]; zero leaves the sample bit for bit."""
-    blurred = x
-    for _ in range(2):  # across, turn, down, turn back
-        batch, channels, height, width = blurred.shape
-        rows = blurred.reshape(batch, channels * height, width)
-        rows = torch.bmm(rows, _gaussian(sigma, width).transpose(1, 2))
-        blurred = rows.view(batch, channels, height, width).transpose(2, 3)
-    return torch.where(sigma[:, None, None, None] > 0, blurred, x)
+def _luma_kept(rows: NDArray[np.float64], pixels: Tensor) -> NDArray[np.float64]:
+    """[N, 1]: the share of a view's mean luma that contrast adds back to every pixel."""
+    brightness, contrast = rows[:, :1], rows[:, 1:2]
+    return (1 - contrast) * brightness / (1.0 if pixels.is_floating_point() else 255.0)
 
 
-def _gaussian(sigma: Tensor, size: int) -> Tensor:
-    """[B, size, size]: row i holds the weights of the output pixel i, mirrored at the border, summing to one."""
-    distance = torch.arange(2 * size - 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (distance / sigma.clamp_min(0.01)[:, None]) ** 2)
-    weights = weights * (weights > 1e-8)  # the far tail is denormal, which slows a CPU tenfold and changes nothing
-    i, j = distance[:size, None], distance[None, :size]
-    last = size - 1
-    kernel = weights[:, (i - j).abs()]
-    # Mirrored without repeating the border pixel, so the border itself has no image
-    kernel = kernel + weights[:, i + j] * (j > 0) + weights[:, 2 * last - i - j] * (j < last)
-    return kernel / kernel.sum(-1, keepdim=True)
+def _taps(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sigmas [N] -> [N, 9] weights that sum to one; of a sigma of zero, the identity."""
+    distance = np.arange(-RADIUS, RADIUS + 1)
+    weights = np.exp(-0.5 * (distance / np.maximum(sigma, 0.01)[:, None]) ** 2)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _colour(pixels: Tensor, numbers: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
+    """The affine map of [n, 3, H, W] into `out`, clamped where [0, 1] lies after normalisation."""
+    x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    matrix, kept = numbers[:, :9].view(-1, 3, 3), numbers[:, 9]
+    shift, scale = (constant(tuple(v), x.device) for v in (mean, std))
+    added = kept * (x.mean((2, 3)) * constant(LUMA, x.device)).sum(1)
+    bias = (added[:, None] - shift) / scale
+    torch.baddbmm(bias[:, :, None], matrix, x.flatten(2), out=out.flatten(2))
+    for channel, (m, s) in enumerate(zip(mean, std)):
+        out[:, channel].clamp_((0 - m) / s, (1 - m) / s)
+
+
+def _blur(x: Tensor, taps: Tensor) -> Tensor:
+    """[n, 3, H, W] with weights [n, 9]: down, then across."""
+    weights = taps.T[:, :, None, None, None]
+    for axis in (2, 3):
+        size = x.shape[axis]
+        padded = _mirrored(x, axis)
+        x = padded.narrow(axis, 0, size) * weights[0]
+        for tap in range(1, len(weights)):
+            x.addcmul_(padded.narrow(axis, tap, size), weights[tap])
+    return x
+
+
+def _mirrored(x: Tensor, axis: int) -> Tensor:
+    """`x` with RADIUS more pixels at both ends of an axis, mirrored without repeating the border pixel."""
+    size, both = x.shape[axis], (RADIUS, RADIUS)
+    if size > RADIUS:
+        return F.pad(x, (0, 0, *both) if axis == 2 else (*both, 0, 0), mode="reflect")
+    # as often as needed: a view of a few pixels has fewer than are to be added
+    places = np.pad(np.arange(size), RADIUS, mode="reflect" if size > 1 else "edge")
+    return x.index_select(axis, torch.from_numpy(places).to(x.device, non_blocking=True))
+
+
+def _solarise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Invert what is 128 of 255 or more, in normalised pixels."""
+    shift, scale = (constant(tuple(v), x.device)[:, None, None] for v in (mean, std))
+    return torch.where(x >= (SOLARISE_FROM - shift) / scale, (1 - 2 * shift) / scale - x, x)

@@ -53,7 +53,10 @@ def clip_and_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Opt
 
     A NaN or infinite norm skips the step, on the device: the fused kernel reads the flag, so the host never waits.
     """
-    norm = whole(nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf, foreach=True))
+    parameters = list(parameters)
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
+    # the fused kernel divides as it reads: clipping costs no pass of its own over the gradients
+    optimizer.grad_scale = (norm / limit).clamp_min(1.0) if limit > 0 else torch.ones_like(norm)  # type: ignore[attr-defined]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -114,8 +114,9 @@ class Pretrain(nn.Module):
         return terms
 
     def distill(self, student: Projected, target: losses.Target, same_view: int = 0) -> losses.Distilled:
+        products = torch.bfloat16 if self.in_bf16 else torch.float32
         temp, compiled = self.objective.student_temp, self.config.train.compile
-        return losses.distill(student.features, student.prototypes, target, temp, same_view, compiled)
+        return losses.distill(student.features, student.prototypes, target, temp, same_view, products, compiled)
 
     @torch.no_grad()
     def targets(self, views: Views, out: Output, hyper: Hyper) -> Targets:
@@ -182,9 +183,14 @@ class Pretrain(nn.Module):
         self.new_centres.clear()
         self.model.logit_scale.clamp_(max=math.log(o.max_scale))
 
+    @property
+    def in_bf16(self) -> bool:
+        """Are matrices multiplied in bf16?"""
+        asked = self.config.train.precision
+        return asked == "bf16" or (asked == "auto" and self.world.device.type == "cuda")
+
     def autocast(self) -> torch.autocast:
-        kind, asked = self.world.device.type, self.config.train.precision
-        return torch.autocast(kind, torch.bfloat16, enabled=asked == "bf16" or (asked == "auto" and kind == "cuda"))
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.in_bf16)
 
     def run(self, views: Views, text: Tensor, hyper: Hyper) -> Output:
         with self.autocast():
@@ -228,8 +234,9 @@ def _driven(out: Output, whole: Output, i: int, n: int) -> Tensor:
 
 
 def _pixels(batch: dict[str, Any], name: str, rows: slice, preprocess: PreprocessConfig) -> Tensor:
-    crops = photometric(batch[name], batch["photo"][rows]) if "photo" in batch else batch[name]
-    return normalise(crops, preprocess.mean, preprocess.std)
+    if "photo" in batch:
+        return photometric(batch[name], batch["photo"][rows], preprocess.mean, preprocess.std)
+    return normalise(batch[name], preprocess.mean, preprocess.std)
 
 
 def _rows(views: Views, i: int, n: int) -> Views:
