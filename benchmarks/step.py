@@ -49,7 +49,7 @@ from silc.config import (
     TrainConfig,
     ViewsConfig,
 )
-from silc.parallel import World
+from silc.parallel import World, keep_memory
 from silc.plan import flops_per_sample
 from silc.plan.flops import as_clip
 from silc.train.loop import build
@@ -324,6 +324,7 @@ def main() -> None:
         case, _, name = args.case.partition(" @ ")
         print(json.dumps(memory(case, (SIZES | QUICK)[name])))
         return
+    keep_memory()  # as `silc train` does; the peers in this process have it too
     cases, peak = here(), matmul_peak(torch.bfloat16)["best"]
     rows, targets, checks = [], [], []
     for name, sizes in (QUICK if args.quick else SIZES).items():

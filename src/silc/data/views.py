@@ -7,7 +7,7 @@ Used by: data/loader (draws and cuts, on the CPU), train/pretrain (applies the p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -174,21 +174,22 @@ def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Seq
     with torch.autocast(device.type, enabled=False):
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            made = out[part]
-            _colour(pixels[part], numbers[part], mean, std, made)
-            if (some := _where(sigma[part], device)) is not None:
-                made[some] = _blur(made[some], numbers[part][some, 10:])
-            if (some := _where(solarise[part], device)) is not None:
-                made[some] = _solarise(made[some], mean, std)
+            _colour(pixels[part], numbers[part], mean, std, out[part])
+            _on_some(out[part], sigma[part], lambda x, rows, part=part: _blur(x, numbers[part][rows, 10:]))
+            _on_some(out[part], solarise[part], lambda x, rows: _solarise(x, mean, std))
     return out.view(shape)
 
 
-def _where(column: NDArray[np.float64], device: torch.device) -> slice | Tensor | None:
-    """The rows that are not zero, as an index; None if there are none."""
-    found = np.flatnonzero(column > 0)
-    if len(found) in (0, len(column)):
-        return slice(None) if len(found) else None
-    return torch.from_numpy(found).to(device, non_blocking=True)
+def _on_some(x: Tensor, column: NDArray[np.float64], change: Callable[[Tensor, slice | Tensor], None]) -> None:
+    """Change in place those rows of `x` whose entry in `column` is not zero."""
+    found = np.flatnonzero(column)
+    if len(found) == len(column):
+        change(x, slice(None))
+    elif len(found):
+        rows = torch.from_numpy(found).to(x.device, non_blocking=True)
+        picked = x[rows]
+        change(picked, rows)
+        x[rows] = picked
 
 
 def _colour_matrix(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,16 +227,14 @@ def _colour(pixels: Tensor, numbers: Tensor, mean: Sequence[float], std: Sequenc
         out[:, channel].clamp_((0 - m) / s, (1 - m) / s)
 
 
-def _blur(x: Tensor, taps: Tensor) -> Tensor:
-    """[n, 3, H, W] with weights [n, 9]: down, then across."""
+def _blur(x: Tensor, taps: Tensor) -> None:
+    """Blur [n, 3, H, W] in place with weights [n, 9]: down, then across."""
     weights = taps.T[:, :, None, None, None]
     for axis in (2, 3):
-        size = x.shape[axis]
-        padded = _mirrored(x, axis)
-        x = padded.narrow(axis, 0, size) * weights[0]
+        padded, size = _mirrored(x, axis), x.shape[axis]
+        torch.mul(padded.narrow(axis, 0, size), weights[0], out=x)
         for tap in range(1, len(weights)):
             x.addcmul_(padded.narrow(axis, tap, size), weights[tap])
-    return x
 
 
 def _mirrored(x: Tensor, axis: int) -> Tensor:
@@ -248,7 +247,7 @@ def _mirrored(x: Tensor, axis: int) -> Tensor:
     return x.index_select(axis, torch.from_numpy(places).to(x.device, non_blocking=True))
 
 
-def _solarise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Invert what is 128 of 255 or more, in normalised pixels."""
+def _solarise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Invert in place what is 128 of 255 or more, in normalised pixels."""
     shift, scale = (constant(tuple(v), x.device)[:, None, None] for v in (mean, std))
-    return torch.where(x >= (SOLARISE_FROM - shift) / scale, (1 - 2 * shift) / scale - x, x)
+    x.copy_(torch.where(x >= (SOLARISE_FROM - shift) / scale, (1 - 2 * shift) / scale - x, x))
