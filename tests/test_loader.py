@@ -26,7 +26,7 @@ from silc.data import loader as loader_module
 from silc.data.images import decode, preprocess
 from silc.data.loader import BadCount, batches
 from silc.data.pairs import Bad, Mixture, open_source
-from silc.data.views import cut, draw_photometric, sample_rng
+from silc.data.views import cut, draw_crops, draw_photometric, room_for, sample_rng
 
 CONFIG = Config(
     seed=5,
@@ -38,6 +38,7 @@ CONFIG = Config(
 )
 BROKEN = {3: b"<html>not found</html>", 7: b"", 11: None}
 COUNT = 20
+ARRAYS = ("image", "tokens", "globals", "locals", "photo")
 
 
 def tokenizer(texts):
@@ -77,7 +78,7 @@ def take(config, mixture, count, start=0, rank=0, world=1, workers=0):
 def same(a, b):
     assert a.keys() == b.keys()
     for name, value in a.items():
-        assert torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name], name
+        assert np.array_equal(value, b[name]) if name in ARRAYS else value == b[name], name
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +88,13 @@ def reference(mixture):
 
 def test_batch_holds_the_views_of_its_positions(mixture, reference):
     batch = reference[2]
-    shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    shapes = {name: tuple(batch[name].shape) for name in ARRAYS}
     assert shapes == {
         "image": (8, 3, 20, 20), "globals": (2, 8, 3, 24, 24), "locals": (3, 8, 3, 16, 16),
         "photo": (5, 8, 7), "tokens": (8, 2),
     }  # fmt: skip
     assert {batch[name].dtype for name in ("image", "globals", "locals")} == {torch.uint8}
-    assert batch["photo"].dtype == torch.float32 and batch["tokens"].dtype == torch.int64
+    assert batch["photo"].dtype == np.float32 and batch["tokens"].dtype == torch.int64
     source = mixture.sources[0]
     named = {source.ident(i): i for i in range(len(source))}
     for row in (0, 5):
@@ -101,10 +102,13 @@ def test_batch_holds_the_views_of_its_positions(mixture, reference):
         rng = sample_rng(CONFIG.seed, 2 * 8 + row)
         caption = captions[int(rng.integers(2))]
         image = decode(data, 10**6)
-        views = cut(image, CONFIG.views, rng)
-        assert torch.equal(batch["globals"][:, row], views["globals"])
-        assert torch.equal(batch["locals"][:, row], views["locals"])
-        assert torch.equal(batch["photo"][:, row], draw_photometric(CONFIG.views, rng))
+        height, width = image.shape[1:]
+        room = room_for(CONFIG.views, 1)
+        places = [view[0] for kind in room.values() for view in kind]
+        cut(image, draw_crops(height, width, CONFIG.views, rng), height, width, places)
+        for name, views in room.items():
+            assert torch.equal(batch[name][:, row], views[:, 0].movedim(-1, -3))
+        assert np.array_equal(batch["photo"][:, row], draw_photometric(CONFIG.views, rng))
         assert torch.equal(batch["image"][row], preprocess(image, CONFIG.model.preprocess))
         assert torch.equal(batch["tokens"][row], tokenizer([caption])[0])
 
@@ -126,9 +130,9 @@ def test_world_size_does_not_change_the_global_batch(mixture, reference, world):
     for step, whole in enumerate(reference[:2]):
         for name in ("ids", "bad"):
             assert list(itertools.chain(*(part[step][name] for part in parts))) == whole[name]
-        for name in ("image", "tokens", "globals", "locals", "photo"):
+        for name in ARRAYS:
             axis = 0 if name in ("image", "tokens") else 1
-            assert torch.equal(torch.cat([part[step][name] for part in parts], axis), whole[name])
+            assert np.array_equal(np.concatenate([part[step][name] for part in parts], axis), whole[name])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -175,13 +175,13 @@ def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Seq
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             _colour(pixels[part], numbers[part], mean, std, out[part])
-            _on_some(out[part], sigma[part], lambda x, rows, part=part: _blur(x, numbers[part][rows, 10:]))
-            _on_some(out[part], solarise[part], lambda x, rows: _solarise(x, mean, std))
+            _on_some(out[part], sigma[part], partial(_blur, taps=numbers[part, 10:]))
+            _on_some(out[part], solarise[part], partial(_solarise, mean=mean, std=std))
     return out.view(shape)
 
 
 def _on_some(x: Tensor, column: NDArray[np.float64], change: Callable[[Tensor, slice | Tensor], None]) -> None:
-    """Change in place those rows of `x` whose entry in `column` is not zero."""
+    """Change in place those rows of `x` whose entry in `column` is not zero; `change` is told which they are."""
     found = np.flatnonzero(column)
     if len(found) == len(column):
         change(x, slice(None))
@@ -212,6 +212,7 @@ def _taps(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sigmas [N] -> [N, 9] weights that sum to one; of a sigma of zero, the identity."""
     distance = np.arange(-RADIUS, RADIUS + 1)
     weights = np.exp(-0.5 * (distance / np.maximum(sigma, 0.01)[:, None]) ** 2)
+    weights = weights * (weights > 1e-8)  # in float32 the far tail is denormal, which slows a CPU and changes nothing
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -227,9 +228,9 @@ def _colour(pixels: Tensor, numbers: Tensor, mean: Sequence[float], std: Sequenc
         out[:, channel].clamp_((0 - m) / s, (1 - m) / s)
 
 
-def _blur(x: Tensor, taps: Tensor) -> None:
-    """Blur [n, 3, H, W] in place with weights [n, 9]: down, then across."""
-    weights = taps.T[:, :, None, None, None]
+def _blur(x: Tensor, rows: slice | Tensor, taps: Tensor) -> None:
+    """Blur [n, 3, H, W] in place, down, then across, with the weights that are these rows of `taps` [N, 9]."""
+    weights = taps[rows].T[:, :, None, None, None]
     for axis in (2, 3):
         padded, size = _mirrored(x, axis), x.shape[axis]
         torch.mul(padded.narrow(axis, 0, size), weights[0], out=x)
@@ -239,15 +240,15 @@ def _blur(x: Tensor, taps: Tensor) -> None:
 
 def _mirrored(x: Tensor, axis: int) -> Tensor:
     """`x` with RADIUS more pixels at both ends of an axis, mirrored without repeating the border pixel."""
-    size, both = x.shape[axis], (RADIUS, RADIUS)
-    if size > RADIUS:
-        return F.pad(x, (0, 0, *both) if axis == 2 else (*both, 0, 0), mode="reflect")
-    # as often as needed: a view of a few pixels has fewer than are to be added
-    places = np.pad(np.arange(size), RADIUS, mode="reflect" if size > 1 else "edge")
-    return x.index_select(axis, torch.from_numpy(places).to(x.device, non_blocking=True))
+    size = x.shape[axis]
+    if size <= RADIUS:  # mirrored more than once
+        places = np.pad(np.arange(size), RADIUS, mode="reflect" if size > 1 else "edge")
+        return x.index_select(axis, torch.from_numpy(places).to(x.device, non_blocking=True))
+    before, after = (x.narrow(axis, at, RADIUS).flip(axis) for at in (1, size - 1 - RADIUS))
+    return torch.cat([before, x, after], axis)
 
 
-def _solarise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+def _solarise(x: Tensor, rows: slice | Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
     """Invert in place what is 128 of 255 or more, in normalised pixels."""
     shift, scale = (constant(tuple(v), x.device)[:, None, None] for v in (mean, std))
     x.copy_(torch.where(x >= (SOLARISE_FROM - shift) / scale, (1 - 2 * shift) / scale - x, x))

@@ -207,7 +207,7 @@ class Run:
         if first == 0:
             with self.log.paused():
                 self.evaluate(0)
-        stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size)
+        stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size, self.world.device)
         with closing(stream), Signals() as asked:
             for step in range(first, c.steps):
                 batch = self.next(stream)
