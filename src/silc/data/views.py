@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Seq
     matrix = _colour_matrix(rows) / spread / (1.0 if pixels.is_floating_point() else 255.0)
     sigma, solarise = rows[:, PHOTOMETRIC.index("sigma")], rows[:, PHOTOMETRIC.index("solarise")]
     table = np.concatenate([matrix.reshape(-1, 9), _luma_kept(rows, pixels), _taps(sigma)], 1).astype(np.float32)
-    numbers = torch.from_numpy(table).to(device, non_blocking=True)
+    numbers = _on(device, table)
     out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
     step = max(1, (IN_CACHE if device.type == "cpu" else ON_DEVICE) // max(1, math.prod(shape[2:])))
     with torch.autocast(device.type, enabled=False):
@@ -180,13 +180,20 @@ def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Seq
     return out.view(shape)
 
 
+def _on(device: torch.device, numbers: NDArray[Any]) -> Tensor:
+    """A copy on the device, from pinned memory where it is a GPU, so that the host need not wait. PyTorch aligns the
+    copy, as NumPy does not its arrays: products of unaligned numbers may differ in the last bit from run to run."""
+    copy = torch.tensor(numbers)
+    return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy.to(device)
+
+
 def _on_some(x: Tensor, column: NDArray[np.float64], change: Callable[[Tensor, slice | Tensor], None]) -> None:
     """Change in place those rows of `x` whose entry in `column` is not zero; `change` is told which they are."""
     found = np.flatnonzero(column)
     if len(found) == len(column):
         change(x, slice(None))
     elif len(found):
-        rows = torch.from_numpy(found).to(x.device, non_blocking=True)
+        rows = _on(x.device, found)
         picked = x[rows]
         change(picked, rows)
         x[rows] = picked
@@ -243,7 +250,7 @@ def _mirrored(x: Tensor, axis: int) -> Tensor:
     size = x.shape[axis]
     if size <= RADIUS:  # mirrored more than once
         places = np.pad(np.arange(size), RADIUS, mode="reflect" if size > 1 else "edge")
-        return x.index_select(axis, torch.from_numpy(places).to(x.device, non_blocking=True))
+        return x.index_select(axis, _on(x.device, places))
     before, after = (x.narrow(axis, at, RADIUS).flip(axis) for at in (1, size - 1 - RADIUS))
     return torch.cat([before, x, after], axis)
 
