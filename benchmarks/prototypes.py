@@ -30,6 +30,9 @@ CASES = ("silc", "lightly", "dinov2", "silc, locals only", "dinov2, locals only"
 BOUNDS = {"lightly": 1 / 5, "dinov2": 1 / 2.5}
 """Added memory at most this share of theirs."""
 EQUAL = 2e-5
+SUMMED = 1e-3
+"""For the value of lightly's loss, one fp32 dot product over all pictures and prototypes: 16.8 million terms, whose sum
+loses digits (3e-4). Its gradients do not, and DINOv2's value is held to EQUAL."""
 
 
 class Given:
@@ -161,7 +164,8 @@ def compare(cases: list[str], given: Given) -> list[dict[str, Any]]:
                 for what, a, b in zip(
                     ("value", "gradient of features", "gradient of prototypes"), mine, step(make(name, given))
                 ):
-                    checks.append(check(f"{told}: {what}", a, b, EQUAL))
+                    summed = name == "lightly" and what == "value"
+                    checks.append(check(f"{told}: {what}", a, b, SUMMED if summed else EQUAL))
     return checks
 
 

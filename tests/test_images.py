@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from silc.config import PreprocessConfig
-from silc.data.images import BadSample, decode, normalise, preprocess, resize
+from silc.data.images import BadSample, Picture, decode, normalise, preprocess, resize
 
 LIMIT = 10_000_000
 
@@ -62,6 +62,50 @@ def test_jpeg_and_gif_are_what_pillow_reads():
     for kind in ("JPEG", "GIF"):
         data = encoded(image, kind)
         assert torch.equal(decode(data, LIMIT), pixels(Image.open(io.BytesIO(data))))
+
+
+def outcome(data: bytes, at_least: int) -> Tensor | str:
+    try:
+        return decode(data, LIMIT, at_least)
+    except BadSample as bad:
+        return bad.cause
+
+
+def test_the_quick_way_through_a_jpeg_is_pillows(monkeypatch):
+    """Pixels and causes are those of Pillow alone: whole, scaled, and with bytes missing, changed or added."""
+    options = [{"subsampling": s, "progressive": p} for s in (0, 1, 2) for p in (False, True)]
+    options += [{"restart_marker_blocks": 2}, {"keep_rgb": True}]
+    files = [encoded(photo(61, 45 + i), "JPEG", **each) for i, each in enumerate(options)]
+    files += [encoded(photo(33, 47).convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    rng = np.random.default_rng(0)
+    for data in list(files):
+        for kind in range(20):
+            broken, at = bytearray(data), int(rng.integers(2, len(data)))
+            if kind % 4 == 0:
+                del broken[at:]
+            elif kind % 4 == 1:
+                broken[at] ^= 1 << int(rng.integers(8))
+            elif kind % 4 == 2:
+                del broken[at : at + 3]
+            else:
+                broken[at:at] = rng.bytes(5)
+            files.append(bytes(broken))
+    quick = [outcome(data, at_least) for data in files for at_least in (0, 20)]
+    ways: list[bool] = []
+    way = Picture._quick_jpeg
+    monkeypatch.setattr(Picture, "_quick_jpeg", lambda self, shrink: ways.append(way(self, shrink) is not None))
+    slow = [outcome(data, at_least) for data in files for at_least in (0, 20)]
+    assert all(a == b if isinstance(a, str) or isinstance(b, str) else torch.equal(a, b) for a, b in zip(quick, slow))
+    assert sum(ways) > 100 and len(ways) - sum(ways) > 50, "both ways were gone"
+
+
+def test_the_size_of_an_upright_picture_is_known_before_decoding():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG"):
+        picture = Picture(encoded(photo(24, 40), kind, exif=exif), LIMIT)
+        assert (picture.height, picture.width) == (40, 24) == picture.pixels().shape[1:]
+    assert Picture(encoded(photo(25, 41), "JPEG"), LIMIT).pixels(2).shape == (3, 13, 21)
 
 
 def test_first_frame_of_an_animation():

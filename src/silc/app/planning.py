@@ -18,10 +18,11 @@ from silc.plan.estimate import SIZES, Change, Plan, Site, changes, estimate, siz
 from silc.plan.flops import as_clip, flops_per_sample
 
 ERRORS = {
-    "FLOPs": (0.007, 0.07),
+    "FLOPs": (0.007, 0.062),
     "weights, moments and teacher": (0.0, 0.0),
-    "stored activations": (0.012, 0.1),
-    "peak memory": (0.017, 0.15),
+    "stored activations": (0.022, 0.222),
+    "peak memory": (0.02, 0.248),
+    "CPU time of a picture": (0.185, 0.244),
 }
 """Median and largest error that benchmarks/plan_check.py found on small models on a CPU; a test holds them against its
 raw file."""

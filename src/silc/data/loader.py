@@ -78,6 +78,7 @@ class Chunks(Dataset[Batch]):
         bad = [item for _, _, items in made for item in items]
         return {**chunk, "captions": [s["caption"] for s in samples], "ids": idents, "bad": bad}
 
+    @torch.inference_mode()  # spares many small operations their bookkeeping
     def _sample(
         self, position: int, room: dict[str, Tensor], row: int, data: bytes, captions: list[str], ident: str
     ) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def photometric(pixels: Tensor, params: Numbers, mean: Sequence[float], std: Seq
     numbers = _on(device, table)
     out = torch.empty(pixels.shape, dtype=torch.float32, device=device)
     step = max(1, (IN_CACHE if device.type == "cpu" else ON_DEVICE) // max(1, math.prod(shape[2:])))
-    with torch.autocast(device.type, enabled=False):
+    # inference mode spares many small operations their bookkeeping; `out` is made before it, so it can be trained on
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             _colour(pixels[part], numbers[part], mean, std, out[part])

@@ -142,16 +142,19 @@ def losses(config: Config, gpus: int, device: str) -> dict[str, float]:
         "gathered embeddings": FP32 * width * (whole * (2 + views) + rows * (2 * views + 1)),
     }
     pairs, v, tiles, held, aims = rows / c.train.accumulate, c.views, 0.0, 0.0, 0.0
+    b = compute_bytes(c, device)
     view_rows, patch_rows = head_rows(c)
     for mine, taught, together in (
         (view_rows, v.globals, view_rows + v.globals),
         (patch_rows, patch_rows, 2),
     ):
         if mine:
-            logits = min(max(BLOCK, together * p.count), pairs * (mine + taught) * p.count)
+            logits = min(max(BLOCK // b, together * p.count), pairs * (mine + taught) * p.count)
             # logits of both sides; log-probabilities, probabilities and their products, a piece at a time on a CPU
             pieces = min(logits, CACHED) if device == "cpu" else logits
-            tiles = max(tiles, FP32 * (logits + 3 * pieces))
+            # and in bf16 both sides' prototypes, and a block's share of their gradient, once more
+            copies = 3 * b * p.bottleneck * p.count if b < FP32 else 0
+            tiles = max(tiles, b * logits + 3 * FP32 * pieces + copies)
             # the student's unit prototypes and unit vectors, each with its gradient; the teacher's without
             held += 2 * FP32 * p.bottleneck * (p.count + pairs * mine)
             aims += FP32 * p.bottleneck * (p.count + pairs * taught)
