@@ -29,11 +29,11 @@ from silc.data.views import cut, draw_crops, draw_photometric, photometric, room
 from silc.parallel import keep_memory
 
 WHY: dict[str, str] = {
-    "JPEG of 500x375 to 2 + 8 views, silc uint8": "Decoding alone takes a third of the time, and a picture of this size "
-    "can hardly ever be decoded smaller. Most of the rest is PyTorch's antialiased resize, called twice a view: on the "
-    "machine of this run about 10 us of each call compute its weights anew, whatever the view holds, 0.2 ms a picture.",
-    "JPEG of 500x375 to 2 + 8 views, silc float": "Half of the time is that of the uint8 views; of the other half, blur "
-    "in 18 passes over the pixels takes most, since PyTorch has no quick convolution of few channels on a CPU.",
+    "JPEG of 500x375 to 2 + 8 views, silc uint8": "Decoding alone takes a third of the time, and a picture of this "
+    "size can hardly ever be decoded smaller. Most of the rest is PyTorch's antialiased resize, of which about 10 us a "
+    "call, two calls a view, compute its weights anew whatever the view holds: 0.2 ms a picture.",
+    "JPEG of 500x375 to 2 + 8 views, silc float": "Half of the time is that of the uint8 views; of the other half, "
+    "blur in 18 passes over the pixels takes most: PyTorch has no quick convolution of few channels on a CPU.",
 }
 VIEWS = ViewsConfig(globals=2, global_size=224, locals=8, local_size=96, photometric="dino")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -21,14 +21,13 @@ from silc.model.silc import Silc
 from silc.model.weights import describe, to_transformers
 from silc.plan.flops import image_macs, text_macs
 
-TIE = (
-    "A tie: both run the same products of the same sizes, and the rounds of one library differ among themselves by "
-    "more than this ratio differs from 1."
-)
-WHY = {
-    "inference, text tower, siglip fp32": TIE,
-    "inference, image tower, clip fp32": TIE,
-    "inference, text tower, siglip bf16": TIE,
+WHY: dict[str, str] = {
+    "inference, text tower, siglip fp32": "A tie: both run the same products, and one library's rounds differ "
+    "among themselves by more than this ratio differs from 1.",
+    "inference, image tower, clip fp32": "A tie: both run the same products, and one library's rounds differ "
+    "among themselves by more than this ratio differs from 1.",
+    "inference, text tower, siglip bf16": "A tie: both run the same products, and one library's rounds differ "
+    "among themselves by more than this ratio differs from 1.",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EQUAL = {"fp32": 1e-5, "bf16": 3e-2}

@@ -148,7 +148,7 @@ def section(data: Mapping[str, Any]) -> str:
     machine, versions = data["machine"], ", ".join(f"{n} {v}" for n, v in data["versions"].items())
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     facts = [f"`{data['command']}`", machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {threads}"]
-    facts += [f"{data['rounds']} rounds"] * ("rounds" in data) + [versions]
+    facts += ([f"{data['rounds']} rounds"] if "rounds" in data else []) + [versions]
     if data["checks"]:
         worst = max(check["relative_error"] for check in data["checks"])
         facts.append(f"{len(data['checks'])} comparisons of answers, largest relative error {worst:.1e}")

@@ -56,7 +56,7 @@ from silc.train.loop import build
 from silc.train.optim import clip_and_step
 from silc.train.pretrain import Pretrain
 
-WHY = {
+WHY: dict[str, str] = {
     "whole step, ViT-Ti/16 96 px: SILC over CLIP": "A tie at 32 pictures: the step then has 17 million prototypes to "
     "normalise, clip, move and average for few pictures, which no FLOP count shows; at width 384 it is far below.",
 }
