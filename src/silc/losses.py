@@ -1,7 +1,7 @@
 """Every objective of silc as a pure function of tensors; nothing here knows of modules, processes or schedules.
 
 No matrix of logits is ever kept: each is made tile by tile, and the gradient is made from the tile while it is there.
-That costs one more product per contrastive tile, which is quicker than writing the matrix and reading it back.
+That costs the softmax form one more product a tile, which is quicker than writing the matrix and reading it back.
 
 Gives: sigmoid_contrastive, softmax_contrastive, distill, Target, Distilled.
 Used by: train/pretrain.py; several processes only change the arguments (gathered rows and an offset), never the code.
