@@ -158,9 +158,9 @@ def estimate(config: Config, site: Site) -> Plan:
     if config.train.accumulate > 1:
         executed += sum(2 * p.macs * p.share for p in found if p.aligned)
     rows, shard = config.train.batch // site.gpus, config.train.shard
-    # AdamW reads four numbers and writes three, clipping reads one twice and writes it; the teacher reads two, writes
-    # one; a cast reads four bytes and writes two
-    moved = FP32 * (10 * w.student + 3 * w.teacher) / shard + 6 * w.cast * config.train.accumulate * half
+    # AdamW reads four numbers and writes three, the gradient's norm reads one; the teacher reads two, writes one; a
+    # cast reads four bytes and writes two
+    moved = FP32 * (8 * w.student + 3 * w.teacher) / shard + 6 * w.cast * config.train.accumulate * half
     return Plan(
         config,
         site,

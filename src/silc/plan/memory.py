@@ -98,7 +98,7 @@ def stored(config: Config, device: str = "cuda") -> dict[str, float]:
     for g in reads:
         patches = (g.size // i.patch) ** 2
         tokens = patches + (i.pool == "cls")
-        pixels = 3 * i.patch**2 * patches * b if b < FP32 else 0  # fp32 pixels are kept as the input
+        pixels = 3 * i.patch**2 * patches * b
         ends = FP32 * i.width * (1 + i.pre_norm) + 8
         pool = 0.0
         if i.pool == "map":
@@ -133,7 +133,7 @@ def head_bytes(config: Config, width: int, b: int) -> float:
 
 def losses(config: Config, gpus: int, device: str) -> dict[str, float]:
     """Tiles of logits, and what the exchange of embeddings holds; nothing here grows with the square of the batch."""
-    c, p, whole = config, config.objective.prototypes, config.train.batch
+    c, p, whole, b = config, config.objective.prototypes, config.train.batch, compute_bytes(config, device)
     rows, width = whole // gpus, config.model.embed_dim
     views = sum(g.pictures for g in groups(c) if g.aligned)
     found = {
@@ -149,15 +149,15 @@ def losses(config: Config, gpus: int, device: str) -> dict[str, float]:
         (patch_rows, patch_rows, 2),
     ):
         if mine:
-            logits = min(max(BLOCK // b, together * p.count), pairs * (mine + taught) * p.count)
+            numbers = min(max(BLOCK / b, together * p.count), pairs * (mine + taught) * p.count)
             # logits of both sides; log-probabilities, probabilities and their products, a piece at a time on a CPU
-            pieces = min(logits, CACHED) if device == "cpu" else logits
-            # and in bf16 both sides' prototypes, and a block's share of their gradient, once more
-            copies = 3 * b * p.bottleneck * p.count if b < FP32 else 0
-            tiles = max(tiles, b * logits + 3 * FP32 * pieces + copies)
+            pieces = min(numbers, CACHED) if device == "cpu" else numbers
+            tiles = max(tiles, b * numbers + 3 * FP32 * pieces)
             # the student's unit prototypes and unit vectors, each with its gradient; the teacher's without
             held += 2 * FP32 * p.bottleneck * (p.count + pairs * mine)
             aims += FP32 * p.bottleneck * (p.count + pairs * taught)
+            # and those of both sides once more for the products in bf16
+            aims += 2 * b * p.bottleneck * p.count * (b < FP32)
     return found | {"prototype vectors": held, "prototype tiles": tiles + aims}
 
 
