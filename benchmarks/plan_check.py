@@ -101,10 +101,10 @@ def small(kind: str, shape: tuple[int, int, str, str], pairs: int, **train: Any)
 def batch_of(config: Config) -> dict[str, Any]:
     v, n = config.views, config.train.batch
     pixels = {"globals": (v.globals, v.global_size), "locals": (v.locals, v.local_size)}
-    found = {k: torch.zeros(c, n, s, s, 3, dtype=torch.uint8) for k, (c, s) in pixels.items() if c}
+    found = {k: torch.zeros(c, n, 3, s, s, dtype=torch.uint8) for k, (c, s) in pixels.items() if c}
     if config.objective.contrast_views != "global":
         s = config.model.preprocess.size
-        found["image"] = torch.zeros(n, s, s, 3, dtype=torch.uint8)
+        found["image"] = torch.zeros(n, 3, s, s, dtype=torch.uint8)
     return found | {"tokens": torch.zeros(n, config.model.text.length, dtype=torch.long)}
 
 
