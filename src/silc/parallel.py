@@ -1,6 +1,7 @@
-"""Processes: who am I, gather with gradient, mean, and how a module is recomputed, compiled and sharded.
+"""Processes: who am I, gather with gradient, mean, and how a module is compiled, replicated or sharded.
 
-Gives: World, start, gather, mean, distribute, whole.
+Gives: World, start, gather, logsumexp, mean, all_agree, shared_number, Anyone, distribute, average_gradients, whole,
+gathered.
 Used by: train/*; the only file that knows how many processes there are.
 """
 
@@ -9,16 +10,25 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others: the longest that one may work alone (an index of shards, an export). A
+process that died is noticed at once, by its closed connection or by torchrun; this ends a run whose process hangs."""
+BUCKET = 64 * 2**20
+"""Bytes of gradients averaged in one call: few enough calls that their latency vanishes, little enough extra memory."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Numbers of malloc's settings in glibc's malloc.h."""
 
@@ -29,7 +39,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    """replicate x shard; None in a single process, which runs plain modules."""
+    """replicate x shard; None where every process holds whole weights, in plain modules."""
 
     @property
     def leads(self) -> bool:
@@ -69,9 +79,39 @@ def start(device: str = "auto", shard: int = 1) -> World:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    mesh = init_device_mesh(place.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        gpu = place.type == "cuda"  # gloo stands beside NCCL for what must not wait for the device (`Anyone`)
+        backend, own = ("cpu:gloo,cuda:nccl", place) if gpu else ("gloo", None)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"start-{_round(store, rank, size)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=own)
+    mesh = None
+    if shard > 1:
+        mesh = init_device_mesh(place.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     return World(dist.get_rank(), size, place, mesh)
+
+
+def _round(store: dist.Store, rank: int, size: int) -> int:
+    """A number that these processes share and no earlier ones did.
+
+    torchrun keeps one store over its restarts, in which the addresses of dead processes still lie. Rank 0 answers
+    each greeting until its sender is heard: a greeting from an earlier start never is.
+    """
+    me = store.add("arrivals", 1)
+    if rank:
+        store.set(f"greeting-{rank}", str(me))
+        while (answer := store.get(f"answer-{rank}").decode().split())[0] != str(me):
+            time.sleep(0.02)
+        store.set("heard-{}-{}".format(*answer), "")
+        return int(answer[1])
+    silent = set(range(1, size))
+    while silent:
+        for other in [r for r in silent if store.check([f"greeting-{r}"])]:
+            greeting = store.get(f"greeting-{other}").decode()
+            store.set(f"answer-{other}", f"{greeting} {me}")
+            if store.check([f"heard-{greeting}-{me}"]):
+                silent.remove(other)
+        time.sleep(0.02)
+    return me
 
 
 def stop() -> None:
@@ -126,6 +166,14 @@ def all_agree(yes: bool, world: World) -> bool:
     return bool(mean(torch.tensor(float(yes), device=world.device), world) == 1)
 
 
+def shared_number(number: int, world: World) -> int:
+    """The leader's number, on every process."""
+    held = torch.tensor(number, device=world.device)
+    if world.size > 1:
+        dist.broadcast(held, 0)
+    return int(held)
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
@@ -141,13 +189,43 @@ def leader_first(world: World) -> Iterator[None]:
         barrier(world)
 
 
+class Anyone:
+    """Has any process said yes? All must ask at every step, and all hear the same answer: that of the step before.
+
+    Being one step late, it is there when it is asked for, and neither host nor device waits.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.coming: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, mine: bool) -> bool:
+        if self.world.size == 1:
+            return mine
+        before, flag = self.coming, torch.tensor(float(mine))
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self.coming = (flag, work)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
+
+
 def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, compile_blocks: bool = False) -> None:
-    """Compile each block, then shard blocks and root, in place (that order; recomputation wraps inside the towers)."""
+    """Compile each block, then shard blocks and root, in place (that order; recomputation wraps inside the towers).
+
+    Without sharding the weights stay plain tensors, made equal here and kept so by `average_gradients`: FSDP2 with
+    shards of one process would copy every weight once more per use, and average once per micro-batch.
+    """
     blocks = list(blocks)
     if compile_blocks:
         for block in blocks:
             block.compile(dynamic=False)
     if world.mesh is None:
+        if world.size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)  # machines of different kinds may round the initial weights differently
         return
     from torch.distributed.fsdp import fully_shard
 
@@ -156,6 +234,41 @@ def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, com
         fully_shard(part, mesh=world.mesh, reshard_after_forward=True)
 
 
+@torch.no_grad()
+def average_gradients(module: nn.Module, world: World) -> None:
+    """Mean over processes of a module's gradients, in place, once all micro-batches are done. All must call.
+
+    Sharded ones are left alone: FSDP2 averaged them in the backward pass.
+    """
+    if world.size == 1 or world.mesh is not None:
+        return
+    bucket: list[Tensor] = []
+    for grad in [p.grad for p in module.parameters() if p.grad is not None]:
+        if bucket and sum(g.nbytes for g in (*bucket, grad)) > BUCKET:
+            _average(bucket, world)
+            bucket = []
+        bucket.append(grad)
+    if bucket:
+        _average(bucket, world)
+
+
+def _average(bucket: list[Tensor], world: World) -> None:
+    flat = torch.cat([grad.flatten() for grad in bucket]).div_(world.size)
+    dist.all_reduce(flat)
+    parts = flat.split([grad.numel() for grad in bucket])
+    torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
+
+
 def whole(x: Tensor) -> Tensor:
     """The full tensor behind a sharded one (every process must call); a plain tensor as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors on the leader's CPU, none on the others; one at a time is whole elsewhere. All must call."""
+    kept = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if world.leads:
+            kept[name] = full.cpu().contiguous()
+    return kept

@@ -29,15 +29,16 @@ from silc.data.pairs import Mixture, open_source
 from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 from silc.eval.run import evaluate
 from silc.model.silc import Silc
-from silc.parallel import World
+from silc.parallel import Anyone, World
 from silc.train import checkpoint
 from silc.train.guard import Guard, Stopped
 from silc.train.log import Log, environment, forget
 from silc.train.optim import clip_and_step, learning_rate, make_optimizer, set_learning_rate
 from silc.train.pretrain import Pretrain
 
-FREE_TO_CHANGE = ("data.workers", "train.threads", "train.save_every", "train.keep", "train.log_every", "log", "eval")
-"""Settings under which a run may go on: they do not touch its arithmetic."""
+FREE_TO_CHANGE = tuple(f"train.{name}" for name in ("threads", "shard", "save_every", "keep", "log_every"))
+FREE_TO_CHANGE += ("data.workers", "log", "eval")
+"""Settings under which a run may go on: they do not touch its arithmetic, but for the order of sums."""
 TOKENIZER_CAPTIONS = 200_000
 
 
@@ -61,22 +62,25 @@ def train(config: Config) -> Path:
     config, tokenizer = prepare(config, folder, mixture, world)
     task, optimizer = build(config, world)
     step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
-    found = checkpoint.latest(folder / "checkpoints")
-    if found is not None:
-        tensors, facts = found
-        checkpoint.restore(task, optimizer, tensors)
-        step = facts["step"]
+    saved = checkpoint.latest(folder / "checkpoints", world)
+    if saved is not None:
+        checkpoint.restore(task, optimizer, saved, world)
+        step, facts = saved.facts["step"], saved.facts
         bad.restore(facts["bad"])
-        forget(folder / "bad_samples.jsonl", lambda row: row["position"] < facts["position"])
+        if world.leads:
+            forget(folder / "bad_samples.jsonl", lambda row: row["position"] < facts["position"])
     if world.leads and step < config.steps:
         note_environment(folder, world, step)
     log = Log(config, folder, world.leads, step)
     log.say(describe(config, task, mixture, world, step))
-    run = Run(config, folder, world, task, optimizer, log, tokenizer, bad)
+    saver = checkpoint.Saver(folder / "checkpoints", config.train.keep, world)
+    run = Run(config, folder, world, task, optimizer, log, tokenizer, bad, saver)
     try:
         run.steps(step, mixture)
     finally:
+        saver.close()
         log.close()
+        parallel.stop()
     return folder
 
 
@@ -199,6 +203,7 @@ class Run:
     log: Log
     tokenizer: Tokenizer
     bad: BadCount
+    saver: checkpoint.Saver
 
     def steps(self, first: int, mixture: Mixture) -> None:
         """The loop itself."""
@@ -208,6 +213,7 @@ class Run:
             with self.log.paused():
                 self.evaluate(0)
         stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size, self.world.device)
+        anyone = Anyone(self.world)
         with closing(stream), Signals() as asked:
             for step in range(first, c.steps):
                 batch = self.next(stream)
@@ -217,18 +223,23 @@ class Run:
                 metrics["grad_norm"] = clip_and_step(task.student.parameters(), self.optimizer, c.optim.clip)
                 task.after_step(step)
                 guard.seen(step, metrics["grad_norm"], batch["ids"])
-                done, stop = step + 1, bool(asked) or step + 1 == c.steps
+                done, asked_to = step + 1, anyone(bool(asked))
+                stop = asked_to or done == c.steps
                 if done % c.train.log_every == 0 or stop:
                     numbers = self.numbers(metrics)
                     self.log.train(done, numbers, lr, self.bad.bad, batch["ids"])
                     guard.check(done, numbers)
+                    self.saver.check()
                 if done % c.train.save_every == 0 or stop:
                     self.save(done)
                 if c.eval.every and done % c.eval.every == 0 and done < c.steps:
                     with self.log.paused():
                         self.evaluate(done)
-                if asked and done < c.steps:
-                    raise Stopped(f"stopped by {asked[0]} at step {done}, saved. The same command goes on from there.")
+                if asked_to and done < c.steps:
+                    self.saver.finish()
+                    by = asked[0] if asked else "a signal to another process"
+                    raise Stopped(f"stopped by {by} at step {done}, saved. The same command goes on from there.")
+        self.saver.finish()
         # a run that was killed between its last checkpoint and its export still owes both
         if not parallel.all_agree((self.folder / "export").exists(), self.world):
             self.evaluate(c.steps)
@@ -254,32 +265,27 @@ class Run:
         return {k: float(v) for k, v in found.items()}
 
     def save(self, done: int) -> None:
-        tensors = checkpoint.collect(self.task, self.optimizer)
         facts = {"step": done, "position": done * self.config.train.batch, "bad": self.bad.state()}
-        checkpoint.save(self.folder / "checkpoints", tensors, facts, self.world)
-        checkpoint.prune(self.folder / "checkpoints", self.config.train.keep, self.world)
+        self.saver.save(self.task, self.optimizer, facts)
 
     def whole_model(self) -> Silc:
-        """The student as a plain model: itself in one process, a gathered copy in several."""
-        if self.world.size == 1:
-            model = self.task.model
-        else:
-            model = Silc(self.config.model).to(self.world.device)
-            gathered = {k: parallel.whole(v) for k, v in self.task.model.state_dict().items()}
-            model.load_state_dict(gathered)
+        """The student as a plain model on every process: itself where its weights are whole, else a gathered copy."""
+        model = self.task.model
+        if self.world.mesh is not None:
+            model = _model(self.config, {k: parallel.whole(v) for k, v in model.state_dict().items()})
         model.tokenizer = self.tokenizer
         return model
 
     def export(self) -> None:
         """Write export/, which silc.load opens, and beside it the heads, teacher and centres for whoever goes on."""
-        model = self.whole_model()
-        others = checkpoint.collect(self.task)
+        tensors = parallel.gathered(self.task.state_dict(), self.world)
         if self.world.leads:
-            part = self.folder / ".export.part"
+            part, mine = self.folder / ".export.part", "student.model."
             shutil.rmtree(part, ignore_errors=True)
+            model = _model(self.config, {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
             model.save(part, {"recipe": self.config.recipe, "steps": self.config.steps})
             self.tokenizer.save(part)
-            others = {k: v for k, v in others.items() if not k.startswith("task.student.model.")}
+            others = {f"task.{k}": v for k, v in tensors.items() if not k.startswith(mine)}
             save_file(others, part / "training.safetensors")
             os.replace(part, self.folder / "export")
         parallel.barrier(self.world)
@@ -302,6 +308,14 @@ class Run:
             except Exception as error:  # whatever it is, hours of training outweigh it
                 self.log.say(f"  eval at step {done}  {name} failed: {error}")
         parallel.barrier(self.world)
+
+
+def _model(config: Config, tensors: dict[str, Tensor]) -> Silc:
+    """A model around these very tensors."""
+    with torch.device("meta"):
+        model = Silc(config.model)
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 class Signals:

@@ -19,7 +19,7 @@ from silc.data.images import normalise
 from silc.data.views import photometric
 from silc.model.prototypes import Projected
 from silc.model.silc import Silc
-from silc.parallel import World, gather, logsumexp, mean
+from silc.parallel import World, average_gradients, gather, logsumexp, mean
 from silc.train.student import Hyper, Output, Student, Teacher, Views, aligned
 
 # Shapes: B local batch, V views aligned with the text, G/L global/local views, K prototypes, N patches, H hidden ones.
@@ -78,8 +78,10 @@ class Pretrain(nn.Module):
             output = self.run(views, text, hyper)
             terms = self.terms(output, self.targets(views, output, hyper), hyper)
             terms["loss"].backward()
-            return {k: v.detach() for k, v in terms.items()}
-        return self.accumulate([_rows(views, i, micro) for i in range(micro)], text.chunk(micro), hyper)
+        else:
+            terms = self.accumulate([_rows(views, i, micro) for i in range(micro)], text.chunk(micro), hyper)
+        average_gradients(self.student, self.world)
+        return {k: v.detach() for k, v in terms.items()}
 
     def terms(self, out: Output, targets: Targets, hyper: Hyper) -> dict[str, Tensor]:
         """The loss by named terms: L = w_c L_contrast + w_d L_distill + w_m L_masked."""
