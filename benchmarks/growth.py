@@ -120,6 +120,10 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         sizes = sorted({row["size"] for row in mine})
         plot.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30, fontsize=8)
         plot.minorticks_off()
+        low, high = plot.get_ylim()
+        if high < 30 * low:  # at least a power of ten is seen, so that the axis has numbers
+            plot.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+        plot.yaxis.set_major_formatter("{x:,.0f}")
         plot.grid(alpha=0.3)
         plot.legend(fontsize=8, title="dotted: linear growth", title_fontsize=8)
         figure.savefig(folder / f"growth-{axis}.png", dpi=130, facecolor="white")

@@ -73,8 +73,10 @@ def bound(entry: Mapping[str, Any]) -> tuple[str, str]:
     """Target and figure as text; small shares as 1/n, which is how they are claimed."""
     if "most" in entry and entry["most"] <= 0.5 and entry["figure"] > 0:
         return f"at most 1/{1 / entry['most']:.3g}", f"1/{1 / entry['figure']:.3g}"
-    word, limit = ("at least", entry["least"]) if "least" in entry else ("at most", entry["most"])
-    return f"{word} {number(limit)}", number(entry["figure"])
+    for key in ("least", "most"):
+        if key in entry:
+            return f"at {key} {number(entry[key])}", number(entry["figure"])
+    return "none, told beside", number(entry["figure"])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -196,7 +196,7 @@ def speed(sizes: Sizes, quick: bool, rounds: int) -> tuple[list[Any], list[Any],
     """Rows, targets and checks of the timed step and of its checkpoints."""
     names = list(TIMED)[: 2 if quick else None]
     peak = matmul_peak(torch.float32)["median"]
-    flops = sizes.batch * flops_per_sample(configured(sizes, sizes.batch, 1))
+    flops = sizes.batch * flops_per_sample(configured(sizes, sizes.batch, 1)).total
     with ExitStack() as running:
         teams = {name: running.enter_context(Team(TIMED[name], sizes, sizes.batch)) for name in names}
         seconds = interleave({name: team.step for name, team in teams.items()}, rounds)

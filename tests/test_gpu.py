@@ -43,13 +43,18 @@ def test_an_ordinary_step_never_makes_the_host_wait(precision: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_is_the_cpus() -> None:
+@pytest.mark.parametrize("how", ["plain", "compiled", "graphs"])
+def test_a_step_is_the_cpus(how: str) -> None:
     found = {}
     for place in ("cpu", "cuda"):
         c = config()
+        if place == "cuda" and how != "plain":
+            c = replace(c, train=replace(c.train, compile=True, cuda_graphs=how == "graphs"))
         task, _ = build(c, World(0, 1, torch.device(place)))
         batch = {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in batch_of(c).items()}
-        out = task.forward_backward(batch, 0)
+        for _ in range(3 if how == "graphs" else 1):  # a graph is recorded at the second call
+            task.student.zero_grad()
+            out = task.forward_backward(batch, 0)
         found[place] = (out, {n: p.grad for n, p in task.student.named_parameters()})
     for name, value in found["cpu"][0].items():
         torch.testing.assert_close(found["cuda"][0][name].cpu(), value, rtol=1e-4, atol=1e-5)

@@ -222,6 +222,7 @@ def test_folders_that_are_not_this_run_are_left_alone(
 def test_settings_that_cannot_work(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["train", "mu", "--out", str(tmp_path / "a")], "no training data")
     refused(capsys, command(pairs, tmp_path / "b", "--train.accumulate", "3"), "not a multiple")
+    refused(capsys, command(pairs, tmp_path / "b", "--train.cuda-graphs"), "needs a GPU")
     refused(capsys, command(pairs, tmp_path / "c", "--objective.kind", "sigmoid"), "needs a bias")
     refused(
         capsys, command(pairs, tmp_path / "d", "--train.device", "cuda"), "no GPU"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,19 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_number_of_processes(
             task.after_step(n)
         expected = {f"after.{k}" for k in task.state_dict()}
         assert expected <= found.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_give_the_same_step(recompute: bool) -> None:
+    found = []
+    for compiled in (False, True):
+        c = config(masked=Term(0.5))
+        c = replace(c, train=replace(c.train, compile=compiled, checkpoint_blocks=recompute))
+        task, _ = build(c, ALONE)
+        terms = task.forward_backward(batch_of(c), 0)
+        found.append((terms, gradients(task)))
+    for one, other in zip(*found):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)

@@ -255,6 +255,8 @@ class TrainConfig:
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Compile each block (torch.compile); the first step takes long."""
+    cuda_graphs: bool = False
+    """With --train.compile on a GPU, replay each block as a CUDA graph; not yet run on one."""
     checkpoint_blocks: bool = False
     """Recompute each block in the backward pass instead of storing it."""
     shard: int = 1

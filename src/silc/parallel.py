@@ -212,7 +212,9 @@ class Anyone:
         return bool(before[0])
 
 
-def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, compile_blocks: bool = False) -> None:
+def distribute(
+    module: nn.Module, blocks: Iterable[nn.Module], world: World, compile_blocks: bool = False, graphs: bool = False
+) -> None:
     """Compile each block, then shard blocks and root, in place (that order; recomputation wraps inside the towers).
 
     Without sharding the weights stay plain tensors, made equal here and kept so by `average_gradients`: FSDP2 with
@@ -221,7 +223,7 @@ def distribute(module: nn.Module, blocks: Iterable[nn.Module], world: World, com
     blocks = list(blocks)
     if compile_blocks:
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
     if world.mesh is None:
         if world.size > 1:
             for tensor in module.state_dict().values():

@@ -55,6 +55,8 @@ def train(config: Config) -> Path:
             f"--train.batch {config.train.batch} is not a multiple of {world.size} processes x "
             f"{config.train.accumulate} micro-batches."
         )
+    if config.train.cuda_graphs and not (config.train.compile and world.device.type == "cuda" and world.mesh is None):
+        raise ValueError("--train.cuda-graphs needs a GPU, --train.compile and --train.shard 1.")
     folder = Path(config.out)
     check_folder(folder, config)
     with parallel.leader_first(world):  # the leader indexes shards once; the others read its index
@@ -174,7 +176,7 @@ def build(config: Config, world: World) -> tuple[Pretrain, torch.optim.AdamW]:
         tower.recompute = config.train.checkpoint_blocks
     for part, towers in task.parts():
         blocks = [block for tower in towers for block in tower.get_submodule("blocks").children()]
-        parallel.distribute(part, blocks, world, config.train.compile)
+        parallel.distribute(part, blocks, world, config.train.compile, config.train.cuda_graphs)
     return task, make_optimizer(task.student, config.optim)
 
 

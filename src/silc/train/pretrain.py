@@ -73,6 +73,8 @@ class Pretrain(nn.Module):
     def forward_backward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Gradient of one step into the student. Returns the terms and diagnostics by name, detached scalars."""
         hyper, micro = self.hyper(step), self.config.train.accumulate
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the last step's graphs may be overwritten now
         views, text = self.views(batch, step, hyper), batch["tokens"]
         if micro == 1:
             output = self.run(views, text, hyper)
