@@ -273,7 +273,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 def test_torchrun_restarts_a_killed_process_and_the_run_ends_as_if_nothing_had_happened(
     pairs: Path, tmp_path: Path
 ) -> None:
-    assert torchrun(2, command(pairs, tmp_path / "calm")).wait(300) == 0
+    agent = torchrun(2, command(pairs, tmp_path / "calm"))
+    said = agent.communicate(timeout=300)[0].decode()
+    assert agent.returncode == 0, said
     out = tmp_path / "shaken"
     agent = torchrun(2, command(pairs, out), "--max-restarts", "2")
     wait_for_step(out, 14, agent)

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group exists: its defaults would keep that one alive past `stop`
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
@@ -115,8 +116,10 @@ def _round(store: dist.Store, rank: int, size: int) -> int:
 
 
 def stop() -> None:
+    """Leave the group. One of its threads freeing a tensor while the interpreter shuts down would abort the process."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # joins the threads of a group that nothing else holds
+        time.sleep(0.1)  # PyTorch's caches hold a mesh and its groups: their threads need the interpreter once more
 
 
 class Gather(torch.autograd.Function):

@@ -49,7 +49,13 @@ def train(config: Config) -> Path:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    world = parallel.start(config.train.device, config.train.shard)
+    try:
+        return _train(config, parallel.start(config.train.device, config.train.shard))
+    finally:
+        parallel.stop()
+
+
+def _train(config: Config, world: World) -> Path:
     if config.train.batch % (world.size * config.train.accumulate):
         raise ValueError(
             f"--train.batch {config.train.batch} is not a multiple of {world.size} processes x "
@@ -82,7 +88,6 @@ def train(config: Config) -> Path:
     finally:
         saver.close()
         log.close()
-        parallel.stop()
     return folder
 
 
