@@ -31,7 +31,8 @@ from silc.parallel import keep_memory
 WHY: dict[str, str] = {
     "JPEG of 500x375 to 2 + 8 views, silc uint8": "Decoding alone takes a third of the time, and a picture of this "
     "size can hardly ever be decoded smaller. Most of the rest is PyTorch's antialiased resize, of which about 10 us a "
-    "call, two calls a view, compute its weights anew whatever the view holds: 0.2 ms a picture.",
+    "call, two calls a view, compute its weights anew whatever the view holds: 0.2 ms a picture. The bound is the row "
+    "`decode only` below: its share is what no faster resize could take away.",
     "JPEG of 500x375 to 2 + 8 views, silc float": "Half of the time is that of the uint8 views; of the other half, "
     "blur in 18 passes over the pixels takes most: PyTorch has no quick convolution of few channels on a CPU.",
 }
