@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from silc import plan, recipes
-from silc.config import Config, Term, from_dict, load_json, nearest, save_json, to_dict
+from silc.config import Config, Term
 from silc.parallel import World
+from silc.plain import from_dict, load_json, nearest, save_json, to_dict
 from silc.train.loop import build
 from silc.train.optim import learning_rate, make_optimizer
 

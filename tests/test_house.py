@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "silc"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"config", "losses", "eval.metrics"},
+    {"config", "plain", "losses", "eval.metrics"},
     {"model", "data", "parallel"},
     {"train.optim", "train.checkpoint", "train.guard", "train.log", "eval.embed", "eval.prompts", "eval.protocols"}
     | {"eval.linear", "eval.suites"},

@@ -18,8 +18,9 @@ from conftest import at_mu_size
 from silc import plan, recipes
 from silc.app import planning
 from silc.cli import main
-from silc.config import Config, save_json
+from silc.config import Config
 from silc.parallel import World
+from silc.plain import save_json
 from silc.plan.estimate import SIZES, Site, changes, estimate, sized
 from silc.plan.flops import as_clip, parts
 from silc.plan.machines import CARDS

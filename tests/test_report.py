@@ -20,7 +20,8 @@ import pytest
 from silc.app import grids, plots
 from silc.app.report import Section, build
 from silc.app.runs import duration, interval, metric_name, read_run, score, set_names, span, times
-from silc.config import Config, ObjectiveConfig, PrototypeConfig, Term, TrainConfig, ViewsConfig, save_json
+from silc.config import Config, ObjectiveConfig, PrototypeConfig, Term, TrainConfig, ViewsConfig
+from silc.plain import save_json
 
 EVIL = "<script>alert('cat')</script>"
 SETS = {  # name: metrics as (start, end of the stronger run), chance

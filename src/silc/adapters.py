@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from silc.config import Activation, ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig, from_dict
+from silc.config import Activation, ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
 from silc.model import weights
 from silc.model.families import family_of
 from silc.model.silc import Silc
 from silc.model.towers import ImageTower, Readout
+from silc.plain import from_dict
 
 PROBE = torch.linspace(-3, 3, 13)
 """Where an activation is looked at to tell which one it is."""

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from silc.config import Config, load_json, nearest
+from silc.config import Config
+from silc.plain import load_json, nearest
 from silc.train.guard import Halt, Stopped
 
 OVERVIEW = """\

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from silc.config import DataConfig, read_json
+from silc.config import DataConfig
 from silc.data.images import BadSample, decode, normalise, preprocess
 from silc.data.tokenizer import Tokenizer, load_tokenizer
 from silc.eval.embed import evaluating
@@ -38,6 +38,7 @@ from silc.eval.protocols import (
 )
 from silc.model.silc import CONFIG_NAME, WEIGHTS_NAME, Silc
 from silc.model.weights import LoadReport, from_transformers
+from silc.plain import read_json
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a Pillow picture, or uint8: [H, W, 3] or [H, W] as an array, [3, H, W] as a tensor."""

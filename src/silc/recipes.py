@@ -21,8 +21,8 @@ from silc.config import (
     TextTowerConfig,
     TrainConfig,
     ViewsConfig,
-    nearest,
 )
+from silc.plain import nearest
 
 SOFTMAX_SCALE = 1 / 0.07
 DINO_VIEWS = ViewsConfig(globals=2, locals=8, photometric="dino")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from silc import plan
 from silc.app.runs import duration, read_run
-from silc.config import Config, load_json
+from silc.config import Config
+from silc.plain import load_json
 
 HERE = Path(__file__).parent
 RUNS = {"SILC": HERE / "silc", "CLIP": HERE / "clip"}

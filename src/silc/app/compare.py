@@ -18,8 +18,8 @@ import torch
 
 from silc.app.results import Outcome, items, read
 from silc.app.runs import interval, number
-from silc.config import nearest
 from silc.eval.metrics import bootstrap
+from silc.plain import nearest
 
 SAME = ("set", "split", "count", "captions", "train", "classes", "protocol", "templates", "void")
 """Details in which two results must agree to be compared."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from silc.app import card, results
-from silc.config import nearest, to_dict
 from silc.eval import run, suites
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
+from silc.plain import nearest, to_dict
 from silc.predict import load
 
 

@@ -35,7 +35,7 @@ from silc.app.runs import (
     span,
     times,
 )
-from silc.config import to_dict
+from silc.plain import to_dict
 
 TERMS = ("contrast", "distill", "masked")
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str, str, dict[str, Any]], ...]], ...] = (

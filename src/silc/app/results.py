@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from silc.config import read_json
 from silc.eval.metrics import Result
 from silc.eval.run import file_name, table, versions, write
+from silc.plain import read_json
 
 SUMMARY = "results.json"
 TOLD = ("set", "split", "count", "templates", "protocol", "preprocess", "folder")

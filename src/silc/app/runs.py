@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from silc.config import Config, load_json, to_dict
+from silc.config import Config
+from silc.plain import load_json, to_dict
 
 TASKS = {"zeroshot": "zero-shot classification", "fewshot": "few-shot classification", "segment": "segmentation",
          "knn": "nearest neighbours", "probe": "linear probe"}

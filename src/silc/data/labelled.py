@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from silc.config import nearest
 from silc.data.sets import ade, captions, cityscapes, coco, folders, pairs, pascal
 from silc.data.sets.common import Captioned, Labelled, Masked
 from silc.data.sets.files import Reader
+from silc.plain import nearest
 
 __all__ = ["Captioned", "Labelled", "Masked", "open_captioned", "open_classification", "open_masked"]
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Pieces
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from silc.config import load_json, save_json
+from silc.plain import load_json, save_json
 
 RULES = "silc_tokenizer.json"
 PIECES = "tokenizer.json"

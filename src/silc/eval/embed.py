@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silc.config import PreprocessConfig, to_dict
+from silc.config import PreprocessConfig
 from silc.data.images import normalise, preprocess
 from silc.model.silc import Silc
 from silc.parallel import World, gather
+from silc.plain import to_dict
 
 MESSAGE = 500
 """Bytes of an error's text that a process tells the others."""

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from silc.config import nearest
 from silc.eval.embed import evaluating
 from silc.model.silc import Silc
+from silc.plain import nearest
 
 TEMPLATES = ("{}", "a photo of a {}.", "a picture of the {}.")
 """Used where neither the caller nor the set brings its own; `simple` among the lists that ship."""

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from silc.config import ModelConfig, nearest
+from silc.config import ModelConfig
 from silc.data.images import resize
 from silc.eval.prompts import ClassEmbeddings, resolve_templates
 from silc.model.silc import Silc
 from silc.model.towers import Readout
+from silc.plain import nearest
 
 # Shapes: B pictures, T names, D features, H x W model input, h x w label map, gh x gw patches of a window.
 

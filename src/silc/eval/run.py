@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 import silc.eval
-from silc.config import nearest, to_dict
 from silc.eval.embed import Features
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
 from silc.parallel import World
+from silc.plain import nearest, to_dict
 
 
 def find_tasks() -> dict[str, ModuleType]:

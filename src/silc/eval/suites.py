@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from silc.config import from_dict, nearest
+from silc.plain import from_dict, nearest
 
 SHIPPED = Path(__file__).with_name("suites")
 

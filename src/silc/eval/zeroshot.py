@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from silc.config import nearest
 from silc.data.labelled import Labelled, open_classification
 from silc.eval.embed import Features
 from silc.eval.metrics import Result, bootstrap, label_ranks, per_class_accuracy
 from silc.eval.prompts import canonicalize, class_embeddings, resolve_templates
 from silc.model.silc import Silc
+from silc.plain import nearest
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from silc.config import (
-    Activation,
-    ImageTowerConfig,
-    ModelConfig,
-    PreprocessConfig,
-    TextTowerConfig,
-    from_dict,
-    nearest,
-)
+from silc.config import Activation, ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
+from silc.plain import from_dict, nearest
 
 Family = Literal["clip", "siglip", "siglip2"]
 """Classes of transformers: CLIPModel, SiglipModel (also SigLIP 2 at fixed resolution), Siglip2Model (NaFlex)."""

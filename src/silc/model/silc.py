@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from silc.config import ModelConfig, from_dict, to_dict
+from silc.config import ModelConfig
 from silc.model.towers import ImageTower, Readout, TextTower
+from silc.plain import from_dict, to_dict
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from silc.config import ImageTowerConfig, TextTowerConfig, nearest
+from silc.config import ImageTowerConfig, TextTowerConfig
 from silc.model.layers import Block, MapHead, Shapes, pack, resize_grid, unpack
+from silc.plain import nearest
 
 Readout = Literal["auto", "tokens", "value", "sclip", "clearclip"]
 """Ways to read patches; see `ImageTower.dense`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from silc.config import Config, ImageTowerConfig, ModelConfig, TextTowerConfig, nearest
+from silc.config import Config, ImageTowerConfig, ModelConfig, TextTowerConfig
+from silc.plain import nearest
 from silc.plan import machines
 from silc.plan.flops import Part, as_clip, flops_per_sample, groups, parts
 from silc.plan.machines import Card, get_card

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from silc.config import Config, nearest
+from silc.config import Config
+from silc.plain import nearest
 
 GB, GIB = 1e9, 2.0**30
 

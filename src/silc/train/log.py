@@ -21,8 +21,9 @@ from typing import Any, TextIO
 
 import torch
 
-from silc.config import Config, LogConfig, to_dict
+from silc.config import Config, LogConfig
 from silc.eval.metrics import Result
+from silc.plain import to_dict
 
 
 def environment(command: list[str]) -> dict[str, Any]:

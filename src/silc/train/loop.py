@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from silc import parallel
-from silc.config import Config, save_json, to_dict
+from silc.config import Config
 from silc.data.loader import BadCount, batches
 from silc.data.pairs import Mixture, open_source
 from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 from silc.eval.run import evaluate
 from silc.model.silc import Silc
 from silc.parallel import Anyone, World
+from silc.plain import save_json, to_dict
 from silc.train import checkpoint
 from silc.train.guard import Guard, Stopped
 from silc.train.log import Log, environment, forget

@@ -16,8 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from silc.config import nearest
 from silc.data.images import FORMATS
+from silc.plain import nearest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 ORIENTATION = 0x0112

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from silc.config import nearest
 from silc.data.sets import tars
 from silc.data.sets.common import Labelled
 from silc.data.sets.files import (
@@ -29,6 +28,7 @@ from silc.data.sets.files import (
     unsplit,
 )
 from silc.data.sets.names import class_list
+from silc.plain import nearest
 
 SYNSET = re.compile(r"n\d{8}")
 TABLES = ("labels.jsonl", "labels.csv")

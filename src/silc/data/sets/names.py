@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from silc.config import nearest
+from silc.plain import nearest
 
 FOLDER = Path(__file__).parents[1] / "names"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from silc.config import nearest
 from silc.data.sets.common import Masked, void_for
 from silc.data.sets.files import (
     SUFFIXES,
@@ -29,6 +28,7 @@ from silc.data.sets.files import (
     unsplit,
 )
 from silc.data.sets.names import class_list, colours
+from silc.plain import nearest
 
 CLASSES = "classes.json"
 INDEX = "index.jsonl"
