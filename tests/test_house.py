@@ -13,10 +13,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"config", "plain", "losses", "eval.metrics"},
     {"model", "data", "parallel"},
-    {"train.optim", "train.checkpoint", "train.guard", "train.log", "eval.embed", "eval.prompts", "eval.protocols"}
-    | {"eval.linear", "eval.suites"},
+    {"train.optim", "train.checkpoint", "train.guard", "train.log", "train.lora", "eval.embed", "eval.prompts"}
+    | {"eval.protocols", "eval.linear", "eval.suites"},
     {"train.pretrain", "train.student", "train.segment", "predict", "adapters", "export", "eval.run", "eval"},
-    {"train.loop", "recipes", "plan", "doctor", "app"},
+    {"train.loop", "train.prepare", "recipes", "plan", "doctor", "app"},
     {"cli", "quickstart", "__main__", ""},
 ]
 

@@ -19,7 +19,7 @@ from conftest import at_mu_size
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from silc import losses, recipes
-from silc.config import Config, Term
+from silc.config import Config, InitConfig, Term
 from silc.data.images import normalise
 from silc.data.views import draw_photometric, sample_rng
 from silc.model.prototypes import PrototypeHead
@@ -32,8 +32,14 @@ from silc.train.pretrain import Pretrain
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def config(batch: int = 8, accumulate: int = 1, precision: str = "fp32", **objective: object) -> Config:
+def config(
+    batch: int = 8, accumulate: int = 1, precision: str = "fp32", continued: bool = False, **objective: object
+) -> Config:
+    """`continued`: a frozen first step, an anchor, pictures without captions."""
     base = recipes.mu()
+    if continued:
+        base = replace(base, init=InitConfig(freeze=batch / base.train.samples, image_lr=0.5))
+        base = replace(base, train=replace(base.train, images=8), objective=replace(base.objective, anchor=Term(0.5)))
     return replace(
         base,
         model=replace(base.model, bias_init=-2.0 if objective.get("kind") == "sigmoid" else None),
@@ -56,6 +62,10 @@ def batch_of(c: Config, step: int = 0, rows: slice = slice(None)) -> dict[str, o
         "locals": pictures(v.locals, b, 3, v.local_size, v.local_size)[:, rows],
         "tokens": torch.randint(0, 300, (b, c.model.text.length), generator=g)[rows],
     }
+    if c.train.images:
+        first, end, _ = (i * c.train.images // b for i in rows.indices(b))
+        named = (("globals", v.globals, v.global_size), ("locals", v.locals, v.local_size))
+        made["unpaired"] = {n: pictures(k, c.train.images, 3, s, s)[:, first:end] for n, k, s in named}
     return made | {"ids": [str(i) for i in range(b)][rows]}
 
 
@@ -70,7 +80,10 @@ def step(task: Pretrain, optimizer: torch.optim.Optimizer, n: int) -> dict[str, 
     return out
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n not in ("mu", "quickstart")])
+FROM_NOTHING = [n for n in recipes.names() if recipes.get(n).init == InitConfig() and n not in ("mu", "quickstart")]
+
+
+@pytest.mark.parametrize("name", FROM_NOTHING)
 def test_every_recipe_takes_a_step_and_reports_its_terms(name: str) -> None:
     c = at_mu_size(name, 32, 16)
     o, views = c.objective, c.views
@@ -271,7 +284,7 @@ def worker(rank: int, world: int, port: int, shard: int, kinds: list[dict[str, o
             seen |= {
                 f"{n}.{k}": parallel.mean(v, place)
                 for k, v in out.items()
-                if k in ("loss", "contrast", "distill", "masked")
+                if k in ("loss", "contrast", "distill", "masked", "anchor")
             }
             clip_and_step(task.student.parameters(), optimizer, 1.0)
             task.after_step(n)
@@ -304,6 +317,7 @@ KINDS: list[dict[str, object]] = [
     {},
     {"kind": "sigmoid", "teacher": "head", "global_to_global": True},
     {"accumulate": 2},
+    {"continued": True, "accumulate": 2},
 ]
 
 
@@ -322,7 +336,7 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_number_of_processes(
                 for name, g in gradients(task).items():
                     slack = 1e-5 * g.abs().max().item() + 1e-6
                     torch.testing.assert_close(found[f"grad.{name}"], g, rtol=1e-4, atol=slack)
-            for k in ("loss", "contrast", "distill", "masked"):
+            for k in set(out) & {"loss", "contrast", "distill", "masked", "anchor"}:
                 torch.testing.assert_close(found[f"{n}.{k}"], out[k], rtol=2e-4, atol=1e-4)
             clip_and_step(task.student.parameters(), optimizer, 1.0)
             task.after_step(n)

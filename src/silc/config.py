@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+PositionResize = Literal["bicubic-antialias", "bicubic", "bilinear-antialias"]
 
 
 # ---------------------------------------------------------------- model
@@ -43,6 +44,8 @@ class ImageTowerConfig:
     """Does the patch embedding have a bias? (CLIP's has none.)"""
     proj: Literal["none", "linear", "affine"] = "none"
     """Map from width to the shared space: nothing (SigLIP), a matrix (CLIP), a matrix with bias."""
+    position_resize: Literal["bicubic-antialias", "bicubic", "bilinear-antialias"] = "bicubic-antialias"
+    """How the position table is resized for pictures of another size; a loaded model does as its own library does."""
 
     @property
     def grid(self) -> int:
@@ -119,6 +122,8 @@ class Term:
     """0 switches the term off altogether."""
     start: float = 0.0
     """Share of the run after which the term begins: 0.8 is `the last 20%`."""
+    ramp: float = 0.0
+    """Share of the run over which its weight then grows from zero; it begins when the towers do (--init.freeze)."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,8 @@ class PrototypeConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    kind: Literal["softmax", "sigmoid"] = "softmax"
-    """Form of the image-text contrastive loss."""
+    kind: Literal["softmax", "sigmoid", "auto"] = "softmax"
+    """Form of the image-text contrastive loss; `auto`: sigmoid for a model with a logit bias, softmax without."""
     contrast: Term = Term(1.0)
     """The image-text term."""
     contrast_views: Literal["global", "original", "both"] = "global"
@@ -155,6 +160,8 @@ class ObjectiveConfig:
     """`masked`: only hidden patches count (iBOT); `all`: visible ones too (TIPSv2)."""
     mask_ratio: float = 0.5
     """Share of patches hidden from the student."""
+    anchor: Term = Term(0.0)
+    """Keeps embeddings of pictures and texts near those of the model that the run began with; costs its forward."""
     prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
     teacher: Literal["full", "head"] = "full"
     """`full`: EMA copy of tower and head; `head`: EMA of the head only on the student's own features (TIPSv2)."""
@@ -174,19 +181,20 @@ class ViewsConfig:
     globals: int = 1
     """Large views a picture: the text's, the teacher's, or both."""
     global_size: int = 256
-    """Side of a global view in pixels."""
+    """Side of a global view in pixels; 0: the image size of the model."""
     global_scale: tuple[float, float] = (0.4, 1.0)
     """Area of the crop as a share of the picture."""
     locals: int = 0
     """Small views a picture, seen by the student alone."""
     local_size: int = 96
-    """Side of a local view in pixels."""
+    """Side of a local view in pixels; 0: three sevenths of a global one (96 of 224), in whole patches."""
     local_scale: tuple[float, float] = (0.05, 0.4)
     """Area of the crop as a share of the picture."""
     flip: bool = True
     """Mirror half of the views; off where captions say left and right."""
-    photometric: Literal["none", "dino"] = "none"
-    """`dino`: colour jitter, grey, blur and solarise with the published probabilities."""
+    photometric: Literal["none", "dino", "grey"] = "none"
+    """`dino`: colour jitter, grey, blur and solarise with the published probabilities; `grey`: of these what a
+    one-channel picture can bear, brightness, contrast and blur."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,8 @@ class DataConfig:
     """Share of each source in the mixture; empty: in proportion to their sizes."""
     image_key: str = "image"
     """Column of the picture's path."""
+    images: tuple[str, ...] = ()
+    """Pictures without captions, which feed the teacher's terms alone: folders, or any of the above."""
     text_key: str = "caption"
     """Column, or for a shard's `.json` member the key, of the caption; a list of captions is sampled from."""
     tokenizer: str = "train"
@@ -207,6 +217,40 @@ class DataConfig:
     """Larger pictures are skipped before they are decoded."""
     max_bad_fraction: float = 0.05
     """Share of unreadable samples above which the run stops."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Start from a trained model instead of from nothing. Its architecture and tokenizer then replace the config's."""
+
+    model: str = ""
+    """What silc.load opens: a run, a folder or file of silc, transformers, open_clip, timm or big_vision, or hf:ID."""
+    image_size: int = 0
+    """Side in pixels to which the position table is resized; 0 leaves it."""
+    minimum: float = 0.9
+    """Share of the towers' tensors that must be found there."""
+    freeze: float = 0.0
+    """Share of the run in which the towers stand still while new heads learn to read them."""
+    image_lr: float = 1.0
+    """Learning rate of the image tower as a multiple of --optim.lr, which the heads have."""
+    text_lr: float = 1.0
+    """The same of the text tower and the temperature."""
+    lora: int = 0
+    """Rank of LoRA adapters on q and v of both towers, which then stay as they are; 0: none. Needs silc[lora]."""
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """What the run must not forget: a score, compared with its value at step 0."""
+
+    set: str = ""
+    """One of --eval.sets; empty: the first zeroshot one, if any, of a run that began with a model."""
+    metric: str = ""
+    """One of its metrics; empty: the first."""
+    max_drop: float = 3.0
+    """Points (hundredths) that it may fall."""
+    action: Literal["warn", "save", "stop"] = "warn"
+    """`save` also keeps the last model within bounds in RUN/retained; `stop` does that and ends the run."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +277,8 @@ class OptimConfig:
 class TrainConfig:
     batch: int = 4096
     """Pairs per optimiser step over all processes."""
+    images: int = 0
+    """Pictures of --data.images per step beside them."""
     samples: int = 1_000_000
     """Pairs seen in the whole run; steps = samples // batch."""
     accumulate: int = 1
@@ -285,6 +331,7 @@ class Config:
     """The run folder; an interrupted run in it is gone on with."""
     seed: int = 0
     """Of weights, order, crops and masks."""
+    init: InitConfig = field(default_factory=InitConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -292,6 +339,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property

@@ -3,7 +3,7 @@
 No matrix of logits is ever kept: each is made tile by tile, and the gradient is made from the tile while it is there.
 That costs the softmax form one more product a tile, which is quicker than writing the matrix and reading it back.
 
-Gives: sigmoid_contrastive, softmax_contrastive, distill, Target, Distilled.
+Gives: sigmoid_contrastive, softmax_contrastive, anchor, distill, Target, Distilled.
 Used by: train/pretrain.py; several processes only change the arguments (gathered rows and an offset), never the code.
 """
 
@@ -82,6 +82,16 @@ def softmax_contrastive(
             loss += cross_entropy(scale * text[offset + i] @ I.T, offset + i) / (2 * B)
     """
     return _Softmax.apply(image.float(), text.float(), scale.float(), offset, over_processes)  # type: ignore[no-any-return]
+
+
+@fp32
+def anchor(image: Tensor, text: Tensor, image_then: Tensor, text_then: Tensor) -> Tensor:
+    """How far embeddings have moved from an earlier model's: the mean of 1 - cosine of pictures, and of texts, halved.
+
+    image, image_then [V, B, D] and text, text_then [B, D], all of unit length. Scalar between 0 and 2.
+    """
+    moved = (1 - (now.float() * then.float()).sum(-1) for now, then in ((image, image_then), (text, text_then)))
+    return torch.stack([m.mean() for m in moved]).mean()
 
 
 def _tiles(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

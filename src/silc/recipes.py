@@ -11,12 +11,15 @@ from dataclasses import replace
 from silc.config import (
     Config,
     DataConfig,
+    EvalConfig,
     ImageTowerConfig,
+    InitConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PreprocessConfig,
     PrototypeConfig,
+    RetentionConfig,
     Term,
     TextTowerConfig,
     TrainConfig,
@@ -79,6 +82,53 @@ def tips_style() -> Config:
     return replace(base, recipe="tips-style", objective=objective, views=views)
 
 
+def _adapt(name: str, samples: int, batch: int, lr: float, tower_lr: float, anchor: float) -> Config:
+    """Continued training: heads warmed up on frozen towers, distillation ramped in, small steps, a slow teacher."""
+    objective = ObjectiveConfig(
+        kind="auto",
+        distill=Term(0.5, ramp=0.2),
+        anchor=Term(anchor),
+        prototypes=PrototypeConfig(count=8192),
+        teacher="full",
+        momentum=0.999,
+        momentum_batch=batch,
+        teacher_temp=0.05,
+    )
+    views = ViewsConfig(globals=1, global_size=0, global_scale=(0.5, 1.0), locals=6, local_size=0)
+    return Config(
+        name,
+        init=InitConfig(freeze=0.1, image_lr=tower_lr, text_lr=tower_lr),
+        objective=objective,
+        views=views,
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.01, warmup=0.05),
+        train=TrainConfig(batch=batch, samples=samples, save_every=200),
+        eval=EvalConfig(every=200),
+        retention=RetentionConfig(action="save"),
+    )
+
+
+def adapt_10k() -> Config:
+    """Add SILC to a trained model (--init.model) with about 10,000 pairs of a domain: short, anchored, tiny steps."""
+    return _adapt("adapt-10k", samples=100_000, batch=128, lr=5e-4, tower_lr=0.01, anchor=1.0)
+
+
+def adapt_100k() -> Config:
+    """The same with about 100,000 pairs: ten times the samples, a lighter anchor."""
+    return _adapt("adapt-100k", samples=1_000_000, batch=512, lr=5e-4, tower_lr=0.02, anchor=0.5)
+
+
+def adapt_1m() -> Config:
+    """The same with a million pairs and more: no anchor, larger steps."""
+    return _adapt("adapt-1m", samples=10_000_000, batch=2048, lr=1e-3, tower_lr=0.03, anchor=0.0)
+
+
+def high_resolution() -> Config:
+    """A short last stage of a trained model (--init.model) at a larger --init.image-size; the terms stay on."""
+    base = _adapt("high-resolution", samples=2_000_000, batch=512, lr=2e-4, tower_lr=0.05, anchor=0.0)
+    init = replace(base.init, image_size=384)
+    return replace(base, init=init, views=replace(base.views, global_scale=(0.7, 1.0)))
+
+
 def mu() -> Config:
     """Everything on, as small as it gets (width 32, depth 2): for tests and for trying commands."""
     image = ImageTowerConfig(image_size=32, patch=8, width=32, depth=2, heads=2, mlp=64)
@@ -126,7 +176,8 @@ def quickstart() -> Config:
     )
 
 
-RECIPES = (clip, siglip, silc, silc_s, views_only, siglip2_style, tips_style, quickstart, mu)
+RECIPES = (clip, siglip, silc, silc_s, views_only, siglip2_style, tips_style,
+           adapt_10k, adapt_100k, adapt_1m, high_resolution, quickstart, mu)
 
 
 def names() -> dict[str, str]:

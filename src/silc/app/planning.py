@@ -16,6 +16,7 @@ from silc.config import Config
 from silc.plan import machines
 from silc.plan.estimate import SIZES, Change, Plan, Site, changes, estimate, sized
 from silc.plan.flops import as_clip, flops_per_sample
+from silc.train.prepare import begun_with, decided
 
 ERRORS = {
     "FLOPs": (0.007, 0.062),
@@ -50,7 +51,7 @@ class Asked:
         if self.samples and self.samples < t.batch:
             raise ValueError(f"--samples {self.samples:g} is less than one batch of {t.batch}.")
         train = replace(t, samples=round(self.samples) or t.samples)
-        return estimate(replace(self.config, train=train), self.site)
+        return estimate(decided(replace(self.config, train=train), begun_with(self.config)), self.site)
 
 
 def show(plan: Plan) -> str:

@@ -66,11 +66,12 @@ def spread(function: Callable[[S], T], items: list[S], processes: int) -> Iterab
 
 def split(base: str) -> Split:
     """`heldout` 10% (unseen in both styles), `xstyle` 30% (seen in Twemoji only), `train` the rest."""
-    share = _share("split", base)
-    return "heldout" if share < 0.1 else "xstyle" if share < 0.4 else "train"
+    place = share("split", base)
+    return "heldout" if place < 0.1 else "xstyle" if place < 0.4 else "train"
 
 
-def _share(salt: str, text: str) -> float:
+def share(salt: str, text: str) -> float:
+    """A number in [0, 1) that depends on both alone."""
     return int(hashlib.sha256(f"{salt}:{text}".encode()).hexdigest()[:12], 16) / 16**12
 
 
@@ -110,7 +111,7 @@ def find_concepts(limit: int | None) -> dict[Concept, dict[str, str]]:
         if len(files) == len(STYLES):
             base = _base(name, names)
             found.setdefault(Concept(name, base, split(base)), files)
-    kept = sorted(found, key=lambda c: (_share("limit", c.base), c.name))[:limit]
+    kept = sorted(found, key=lambda c: (share("limit", c.base), c.name))[:limit]
     return {concept: found[concept] for concept in sorted(kept, key=lambda c: c.name)}
 
 
@@ -168,7 +169,7 @@ def _distinct(concepts: Iterable[Concept], drawn: dict[tuple[Concept, str], byte
     seen: set[bytes] = set()
     for concept in concepts:
         pair = [drawn[concept, style] for style in STYLES]
-        if all(map(_visible, pair)) and not seen.intersection(pair):
+        if all(map(visible, pair)) and not seen.intersection(pair):
             seen.update(pair)
             yield concept
 
@@ -177,7 +178,7 @@ def _render_all(files: list[str], size: int) -> list[bytes]:
     return [render(file, size) for file in files]
 
 
-def _visible(png: bytes) -> bool:
+def visible(png: bytes) -> bool:
     return bool(png) and Image.open(io.BytesIO(png)).getchannel("A").getbbox() is not None
 
 

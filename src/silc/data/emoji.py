@@ -15,6 +15,7 @@ import shutil
 import tarfile
 import time
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,17 +93,23 @@ def build(
     if scenes < 1 or size < MIN_SIZE:
         raise ValueError(f"The corpus needs at least 1 scene of at least {MIN_SIZE} pixels, not {scenes} of {size}.")
     wanted = {"format": FORMAT, "seed": seed, "scenes": scenes, "size": size, "limit": limit, "packages": versions()}
+    return once(Path(cache), "emoji", wanted, partial(_fill, cache=Path(cache), wanted=wanted, say=say,
+                                                      processes=processes), say)  # fmt: skip
+
+
+def once(cache: Path, name: str, wanted: dict[str, Any], fill: Callable[[Path], dict[str, Any]], say: Say) -> Corpus:
+    """The corpus of these parameters: found complete in `cache`, or made by `fill(folder)`, whole or not at all."""
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(cache) / f"emoji-{size}px-{key}"
+    folder = cache / f"{name}-{wanted['size']}px-{key}"
     record = _complete(folder, wanted)
     if record:
         say(f"Reusing {folder}")
         return _corpus(folder, record, reused=True)
-    building = Path(cache) / f".{folder.name}-{os.getpid()}"
+    building = cache / f".{folder.name}-{os.getpid()}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        record = _fill(building, Path(cache), wanted, say, processes)
+        record = fill(building)
         # A broken folder of the same name makes way; a complete one that another process put there meanwhile stays.
         if not _complete(folder, wanted):
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,20 +121,14 @@ def build(
 
 def _fill(out: Path, cache: Path, wanted: dict[str, Any], say: Say, processes: int) -> dict[str, Any]:
     """Write everything into `out`, `corpus.json` last, and return its content."""
-    seed, count, size = wanted["seed"], wanted["scenes"], wanted["size"]
+    count, size = wanted["scenes"], wanted["size"]
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     archive, concepts = load_drawings(cache, size, wanted["limit"], say, processes)
     seconds["drawings"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    (out / "train").mkdir()
-    ranges = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
-    choices = training_choices(concepts)
-    write = partial(_write_shard, out / "train", archive, choices, seed, size)
-    for done, stop in enumerate(spread(write, ranges, processes), 1):
-        if done % 4 == 0 or done == len(ranges):
-            say(f"Composed {stop} of {count} training scenes ({stop / (time.perf_counter() - start):.0f}/s)")
+    shards = write_training(out / "train", archive, training_choices(concepts), wanted, say, processes)
     seconds["scenes"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -135,14 +136,15 @@ def _fill(out: Path, cache: Path, wanted: dict[str, Any], say: Say, processes: i
     seconds["evaluation sets"] = time.perf_counter() - start
     say(f"Wrote evaluation sets: {', '.join(f'{name} {n}' for name, n in counts.items())}")
     splits = {s: sorted(c.name for c in concepts if c.split == s) for s in ("train", "xstyle", "heldout")}
-    record = {
-        "parameters": wanted,
-        "licences": LICENCES,
-        "counts": {"scenes": count, "shards": len(ranges), **{s: len(names) for s, names in splits.items()}, **counts},
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "splits": splits,
-        "files": {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()},
-    }
+    sizes = {"scenes": count, "shards": shards, **{s: len(names) for s, names in splits.items()}, **counts}
+    about = {"parameters": wanted, "licences": LICENCES, "counts": sizes, "splits": splits}
+    return write_record(out, about, seconds)
+
+
+def write_record(out: Path, about: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """Write `corpus.json`, by which a whole corpus is known, and return its content."""
+    files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    record = about | {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "files": files}
     (out / "corpus.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
 
@@ -191,21 +193,35 @@ def training_scene(seed: int, index: int, size: int, choices: list[Choice], spri
     return draw_scene(np.random.default_rng([seed, index]), size, picker(choices), sprites)
 
 
-def _write_shard(folder: Path, archive: Path, choices: list[Choice], seed: int, size: int, span: range) -> int:
+def write_training(
+    folder: Path, archive: Path, choices: list[Choice], wanted: dict[str, Any], say: Say, processes: int
+) -> int:
+    """Compose `wanted["scenes"]` scenes into tar shards; return how many shards."""
+    folder.mkdir()
+    start, count = time.perf_counter(), wanted["scenes"]
+    ranges = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+    write = partial(write_shard, folder, archive, choices, wanted["seed"], wanted["size"])
+    for done, stop in enumerate(spread(write, ranges, processes), 1):
+        if done % 4 == 0 or done == len(ranges):
+            say(f"Composed {stop} of {count} training scenes ({stop / (time.perf_counter() - start):.0f}/s)")
+    return len(ranges)
+
+
+def write_shard(folder: Path, archive: Path, choices: list[Choice], seed: int, size: int, span: range) -> int:
     """Write the scenes of `span` as one tar of `KEY.jpg` and `KEY.json`; return where the span stops."""
     sprites = Sprites(archive)
     with tarfile.open(folder / f"scenes-{span.start // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
         for index in span:
             scene = training_scene(seed, index, size, choices, sprites)
             text = json.dumps({"captions": scene.captions, "objects": scene.objects}, ensure_ascii=False).encode()
-            for suffix, data in (("jpg", _encode(scene.image, "JPEG", quality=90, subsampling=0)), ("json", text)):
+            for suffix, data in (("jpg", encode(scene.image, "JPEG", quality=90, subsampling=0)), ("json", text)):
                 member = tarfile.TarInfo(f"{index:07d}.{suffix}")
                 member.size = len(data)
                 out.addfile(member, io.BytesIO(data))
     return span.stop
 
 
-def _encode(pixels: Pixels, form: str, **options: Any) -> bytes:
+def encode(pixels: Pixels, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **options)
     return buffer.getvalue()
@@ -221,7 +237,7 @@ def _write_evals(out: Path, sprites: Sprites, concepts: list[Concept], wanted: d
     rng = np.random.default_rng([wanted["seed"], 1, FORMAT])
 
     def pictures(names: list[str], *styles: str) -> list[tuple[str, str, bytes]]:
-        return [(n, s, _encode(_single(rng, sprites((n, s)), wanted["size"]), "PNG")) for n in names for s in styles]
+        return [(n, s, encode(single(rng, sprites((n, s)), wanted["size"]), "PNG")) for n in names for s in styles]
 
     sets = {
         "retrieval-concepts": pictures(heldout, "twemoji"),
@@ -230,72 +246,81 @@ def _write_evals(out: Path, sprites: Sprites, concepts: list[Concept], wanted: d
         "zeroshot-style": pictures(xstyle, "openmoji"),
     }
     for name, rows in sets.items():
-        (_write_captioned if name.startswith("retrieval") else _write_classes)(out / name, rows)
-    classes = segment_classes(concepts, sprites)
-    scenes = _write_masked(out / "segment-scenes", classes, wanted)
-    return {**{name: len(rows) for name, rows in sets.items()}, "segment-scenes": scenes}
+        if name.startswith("retrieval"):
+            write_captioned(out / name, [(f"{slug(n)}_{s}", phrase(n), png) for n, s, png in rows])
+        else:
+            write_classes(out / name, rows)
+    crossing = [c for c in concepts if c.split == "xstyle"]
+    classes = segment_classes(crossing, "openmoji", sprites, SEGMENT_CLASSES)
+    files, size = find_concepts(wanted["limit"]), 2 * wanted["size"]
+    large = {(c.name, "openmoji"): trim(render(files[c]["openmoji"], size)) for c in classes}
+    pick = picker([(c, ("openmoji",)) for c in classes])
+    seeds = [(wanted["seed"], i, FORMAT) for i in range(SEGMENT_SCENES)]
+    write_masked(out / "segment-scenes", classes, pick, large.__getitem__, size, seeds)
+    return {**{name: len(rows) for name, rows in sets.items()}, "segment-scenes": SEGMENT_SCENES}
 
 
-def _single(rng: np.random.Generator, sprite: Image.Image, size: int) -> Pixels:
+def single(rng: np.random.Generator, sprite: Image.Image, size: int) -> Pixels:
     """One drawing on white, as large as in the training scenes of one big object."""
     rgba = cutout(sprite, round(size * rng.uniform(0.8, 0.9)))
     return compose(draw_white(size)[0], [(rgba, (size - rgba.shape[0]) // 2, (size - rgba.shape[1]) // 2)])[0]
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A file name for any file system. Names differ in more than signs, except keycaps: spell those."""
     spelt = unicodedata.normalize("NFKD", name.replace("#", "hash").replace("*", "asterisk"))
     return re.sub(r"[^0-9A-Za-z-]+", "_", spelt.encode("ascii", "ignore").decode()).strip("_")
 
 
-def _write_captioned(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
+def write_captioned(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
     (folder / "images").mkdir(parents=True)
     lines = []
-    for name, style, png in rows:
-        path = f"images/{_slug(name)}_{style}.png"
+    for stem, caption, png in rows:
+        path = f"images/{stem}.png"
         (folder / path).write_bytes(png)
-        lines.append(json.dumps({"image": path, "caption": phrase(name)}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"image": path, "caption": caption}, ensure_ascii=False) + "\n")
     (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_classes(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
+def write_classes(folder: Path, rows: list[tuple[str, str, bytes]]) -> None:
     for name, style, png in rows:
-        (folder / _slug(name)).mkdir(parents=True, exist_ok=True)
-        (folder / _slug(name) / f"{style}.png").write_bytes(png)
-    listing = "".join(f"{_slug(name)}\t{phrase(name)}\n" for name in dict.fromkeys(name for name, *_ in rows))
+        (folder / slug(name)).mkdir(parents=True, exist_ok=True)
+        (folder / slug(name) / f"{style}.png").write_bytes(png)
+    listing = "".join(f"{slug(name)}\t{phrase(name)}\n" for name in dict.fromkeys(name for name, *_ in rows))
     (folder / "classes.txt").write_text(listing, encoding="utf-8")
     (folder / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES))
 
 
-def segment_classes(concepts: list[Concept], sprites: Sprites) -> list[Concept]:
-    """Cross-style concepts with short names that fill their box and, one by one, look least like those before."""
-    options = [c for c in concepts if c.split == "xstyle" and c.name.count(" ") < 2]
-    options = [c for c in options if not ABSTRACT.search(phrase(c.name).lower())]
-    small = {c: cutout(sprites((c.name, "openmoji")).resize((16, 16)), 16) for c in options}
+def segment_classes(concepts: list[Concept], style: str, sprites: Sprites, count: int) -> list[Concept]:
+    """Concepts with short names that fill their box and, one by one, look least like those before."""
+    options = [c for c in concepts if c.name.count(" ") < 2 and not ABSTRACT.search(phrase(c.name).lower())]
+    small = {c: cutout(sprites((c.name, style)).resize((16, 16)), 16) for c in options}
     looks = {c: compose(draw_white(16)[0], [(rgba, 0, 0)])[0].astype(np.float32) for c, rgba in small.items()}
     options = [c for c in options if small[c][..., 3].mean() / 255 >= MIN_COVERAGE]
     chosen = options[:1]
-    while len(chosen) < min(SEGMENT_CLASSES, len(options)):
+    while len(chosen) < min(count, len(options)):
         others = [c for c in options if c not in chosen]
         nearest = [min(float(np.abs(looks[c] - looks[o]).mean()) for o in chosen) for c in others]
         chosen.append(others[int(np.argmax(nearest))])
     return sorted(chosen, key=lambda c: c.name)
 
 
-def _write_masked(folder: Path, classes: list[Concept], wanted: dict[str, Any]) -> int:
-    """Scenes at twice the training size, from drawings and background kinds that no training scene has."""
-    files = find_concepts(wanted["limit"])
-    size = 2 * wanted["size"]
-    large = {(c.name, "openmoji"): trim(render(files[c]["openmoji"], size)) for c in classes}
+def write_masked(
+    folder: Path,
+    classes: list[Concept],
+    pick: Pick,
+    sprite: Callable[[Cutout], Image.Image],
+    size: int,
+    seeds: Sequence[tuple[int, ...]],
+) -> None:
+    """A scene a seed, of `size` pixels, over background kinds that no training scene has."""
     index = {c.name: i for i, c in enumerate(classes)}
-    pick = picker([(c, ("openmoji",)) for c in classes])
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
-    for i in range(SEGMENT_SCENES):
-        scene = draw_scene(np.random.default_rng([wanted["seed"], i, FORMAT]), size, pick, large.__getitem__, HELD_OUT)
+    for i, seed in enumerate(seeds):
+        scene = draw_scene(np.random.default_rng(seed), size, pick, sprite, HELD_OUT)
         values = np.array([VOID] + [index[name] for name, _ in scene.objects], np.uint8)
-        (folder / "images" / f"{i:04d}.png").write_bytes(_encode(scene.image, "PNG"))
-        (folder / "masks" / f"{i:04d}.png").write_bytes(_encode(values[scene.mask], "PNG"))
+        (folder / "images" / f"{i:04d}.png").write_bytes(encode(scene.image, "PNG"))
+        (folder / "masks" / f"{i:04d}.png").write_bytes(encode(values[scene.mask], "PNG"))
     description = {"classes": [[phrase(c.name)] for c in classes], "background": False, "void": VOID, "palette": None}
     (folder / "classes.json").write_text(json.dumps(description, indent=1) + "\n")
-    return SEGMENT_SCENES

@@ -1,6 +1,6 @@
 """Batches: positions of the stream, decoded and cut by worker processes, joined and tokenised.
 
-Gives: `batches`, `BadCount`.
+Gives: `batches`, `beside`, `BadCount`.
 Used by: train/loop, benchmarks.
 """
 
@@ -148,6 +148,20 @@ def batches(
     damage = mixture.damage if start_step == rank == 0 else []
     loader, closing = _loader(Chunks(config, mixture), spans, workers, chunk, pieces)
     return _joined(loader, closing, pieces, tokenizer, damage, device)
+
+
+def beside(pairs: Generator[Batch, None, None], pictures: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Batches of `pairs` with those of pictures without captions under "unpaired"; ids and bad samples are joined.
+
+    Both are streams of `batches`. Close the iterator to end the workers of both."""
+    try:
+        for batch, alone in zip(pairs, pictures):
+            unpaired = {name: alone[name] for name in ("globals", "locals", "photo") if name in alone}
+            joined = {name: batch[name] + alone[name] for name in ("ids", "bad")}
+            yield {**batch, **joined, "unpaired": unpaired}
+    finally:
+        pairs.close()
+        pictures.close()
 
 
 def _loader(

@@ -45,11 +45,12 @@ class Bad(TypedDict):
 # ---------------------------------------------------------------- opening
 
 
-def open_source(location: str, cfg: DataConfig) -> Source:
+def open_source(location: str, cfg: DataConfig, captioned: bool = True) -> Source:
     """Open image-text pairs.
 
     `location`: a folder (with captions.* or metadata.* table, with *.tar shards, or with images and same-stem .txt),
-    a .csv, .tsv, .jsonl or .parquet table, or tar shards with brace ranges; local or any fsspec URL.
+    a .csv, .tsv, .jsonl or .parquet table, or tar shards with brace ranges; local or any fsspec URL; unless
+    `captioned`, also a folder of images alone.
     Raises ValueError, in one sentence, when nothing usable is there.
     """
     _refuse_shell(location)
@@ -61,7 +62,7 @@ def open_source(location: str, cfg: DataConfig) -> Source:
         raise ValueError(f"data: {location}: a range in braces is for .tar shards; name tables one by one.")
     if kind in SUFFIXES:
         return open_table(location, urls[0], cfg)
-    return _open_folder(location, urls[0], cfg)
+    return _open_folder(location, urls[0], cfg, captioned)
 
 
 def _refuse_shell(location: str) -> None:
@@ -72,7 +73,7 @@ def _refuse_shell(location: str) -> None:
         raise ValueError(f"data: {location!r} looks like a shell command; silc runs none: give a path or a URL.")
 
 
-def _open_folder(location: str, url: str, cfg: DataConfig) -> Source:
+def _open_folder(location: str, url: str, cfg: DataConfig, captioned: bool) -> Source:
     fs, path = filesystem(location)
     if fs.isfile(path):
         hint = " Compressed tar files cannot be read by offset: unpack them to .tar." if ".t" in location else ""
@@ -90,7 +91,7 @@ def _open_folder(location: str, url: str, cfg: DataConfig) -> Source:
     tars = [file for file in files if file.endswith(".tar")]
     if tars:
         return Shards(location, [f"{root}/{file}" for file in tars], cfg.text_key)
-    return Folder(location, root)
+    return Folder(location, root, captioned)
 
 
 # ---------------------------------------------------------------- order

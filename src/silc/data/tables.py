@@ -108,10 +108,12 @@ def _groups(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Folder(Source):
-    """Images at any depth of a folder, each with its caption in a .txt of the same stem."""
+    """Images at any depth of a folder, each with its caption in a .txt of the same stem, or, asked for so, alone."""
 
-    def __init__(self, name: str, root: str) -> None:
-        """List the folder; captions are read when asked for. ValueError without images or without any caption."""
+    def __init__(self, name: str, root: str, captioned: bool = True) -> None:
+        """List the folder; captions are read when asked for. ValueError without images or without any caption.
+
+        Unless `captioned`, every image has the caption "" and none is looked for."""
         names, has = Packer(), array("b")
         for _, group in itertools.groupby(listing(root, deep=True), key=lambda path: path.rpartition("/")[0]):
             files = list(group)
@@ -122,8 +124,8 @@ class Folder(Source):
                     names.add(file)
                     has.append(stem in stems)
         self.name, self.root, self.damage = name, root, []
-        self.names, self.has = names.strings(), np.array(has, bool)
-        if not len(self.names) or not self.has.any():
+        self.names, self.has, self.captioned = names.strings(), np.array(has, bool), captioned
+        if not len(self.names) or (captioned and not self.has.any()):
             what = "captions" if len(self.names) else "images, tables or tar shards"
             raise ValueError(
                 f"data: no {what} in {name}; it may hold captions.csv, .jsonl or .parquet, *.tar shards, "
@@ -137,6 +139,8 @@ class Folder(Source):
         return self.names[index]
 
     def captions(self, index: int) -> list[str]:
+        if not self.captioned:
+            return [""]
         if not self.has[index]:
             raise BadSample("no caption")
         try:

@@ -136,7 +136,8 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
 
     DINO's list with its published probabilities: jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grey 0.2, blur of sigma
     0.1-2 with p 1.0 / 0.1 / 0.5 on the first global, other global and local views, solarise 0.2 on the other global
-    views. A single global view is blurred with p 0.5 and never solarised.
+    views. A single global view is blurred with p 0.5 and never solarised. Of `grey`, saturation, hue and solarise stay
+    as they are, so that the three channels of a one-channel picture stay equal.
     """
     count = views.globals + views.locals
     p_blur = np.full(count, P_BLUR[2])
@@ -148,6 +149,9 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
     u = rng.random((count, 9))
     jitter = (u[:, :4] * 2 - 1) * JITTER * (u[:, 4:5] < P_JITTER) + (1, 1, 1, 0)
     sigma = (SIGMA[0] + (SIGMA[1] - SIGMA[0]) * u[:, 5]) * (u[:, 6] < p_blur)
+    if views.photometric == "grey":
+        jitter[:, 2:] = 1, 0
+        p_solarise[:] = 0
     drawn = np.column_stack([jitter, u[:, 7] < P_GREY, sigma, u[:, 8] < p_solarise])
     return drawn.astype(np.float32)
 

@@ -38,8 +38,8 @@ class Group:
     """Views of one size that pass the student's image tower together."""
 
     name: str
-    pictures: int
-    """Views of each picture."""
+    pictures: float
+    """Views for each pair; more than a picture has where pictures without captions come beside the pairs."""
     size: int
     """Side in pixels."""
     share: float
@@ -99,6 +99,11 @@ def shares(objective: ObjectiveConfig) -> tuple[float, float]:
     return on_d, on_m
 
 
+def pictures_per_pair(config: Config) -> float:
+    """Pictures that feed the teacher's terms for each pair: its own, and its part of those without captions."""
+    return 1 + config.train.images / config.train.batch
+
+
 def hidden_patches(config: Config) -> int:
     """Patches a picture whose prototypes are predicted: the hidden ones, or all with `--objective.masked-form all`."""
     patches = (config.views.global_size // config.model.image.patch) ** 2
@@ -112,11 +117,12 @@ def groups(config: Config) -> tuple[Group, ...]:
     aligned = o.contrast_views != "original"
     # global views that no text reads pass the student only when it learns from them or lends its features
     lent = max(on_d, on_m) if o.teacher == "head" else on_d if o.global_to_global else 0.0
+    each = pictures_per_pair(config)
     found = (
         Group("original", int(o.contrast_views != "global"), config.model.preprocess.size, 1.0, True),
-        Group("global", v.globals, v.global_size, 1.0 if aligned else lent, aligned),
-        Group("local", v.locals, v.local_size, on_d, False),
-        Group("masked", 1, v.global_size, on_m, False),
+        Group("global", v.globals * (each if lent else 1), v.global_size, 1.0 if aligned else lent, aligned),
+        Group("local", v.locals * each, v.local_size, on_d, False),
+        Group("masked", each, v.global_size, on_m, False),
     )
     return tuple(g for g in found if g.pictures > 0 and g.share > 0)
 
@@ -125,38 +131,43 @@ def parts(config: Config) -> tuple[Part, ...]:
     """All that one pair costs. A backward pass costs two forwards."""
     o, v, m = config.objective, config.views, config.model
     on_d, on_m = shares(o)
-    reads = groups(config)
+    reads, each = groups(config), pictures_per_pair(config)
+    passes = 3 - 2 * config.init.freeze  # towers that stand still have no backward pass
     found = [
         Part(
             f"image tower, {g.name} views",
             g.pictures * image_macs(m.image, g.size, m.embed_dim),
-            3,
+            passes,
             g.share,
             blocks=True,
             aligned=g.aligned,
         )
         for g in reads
     ]
-    found.append(Part("text tower", text_macs(m.text, m.embed_dim), 3, blocks=True, aligned=True))
+    found.append(Part("text tower", text_macs(m.text, m.embed_dim), passes, blocks=True, aligned=True))
     read_by_text = sum(g.pictures for g in reads if g.aligned)
     # the tiles' logits are computed once more in the backward pass of the softmax; the sigmoid's gradient needs no
     # sum over the whole row and is found in the forward pass
     products = 4 if o.kind == "softmax" else 3
     found.append(Part("contrastive loss", read_by_text * config.train.batch * m.embed_dim, products))
-    view_head = head_macs(o.prototypes, m.embed_dim)
-    patch_head = head_macs(o.prototypes, m.image.width) * hidden_patches(config)
+    view_head = each * head_macs(o.prototypes, m.embed_dim)
+    patch_head = each * head_macs(o.prototypes, m.image.width) * hidden_patches(config)
     learners = v.locals + (v.globals if o.global_to_global else 0)
     found += [
         Part("prototypes, student views", learners * view_head, 3, on_d),
         Part("prototypes, student patches", patch_head, 3, on_m),
     ]
     if o.teacher == "full":
-        macs = v.globals * image_macs(m.image, v.global_size, m.embed_dim)
+        macs = each * v.globals * image_macs(m.image, v.global_size, m.embed_dim)
         found.append(Part("teacher, image tower", macs, 1, max(on_d, on_m)))
     found += [
         Part("teacher, view prototypes", v.globals * view_head, 1, on_d),
         Part("teacher, patch prototypes", patch_head, 1, on_m),
     ]
+    if o.anchor.weight > 0:
+        seen = sum(g.pictures * image_macs(m.image, g.size, m.embed_dim) for g in reads if g.aligned)
+        found.append(Part("anchor, both towers", seen + text_macs(m.text, m.embed_dim), 1,
+                          1 - max(o.anchor.start, config.init.freeze)))
     return tuple(p for p in found if p.share > 0)
 
 
@@ -171,5 +182,6 @@ def as_clip(config: Config) -> Config:
     """The same towers trained as CLIP or SigLIP: one view, which the text reads, and nothing else."""
     v, o = config.views, config.objective
     size = v.global_size if o.contrast_views == "global" else config.model.preprocess.size
-    plain = replace(o, contrast_views="global", distill=Term(), masked=Term(), global_to_global=False)
-    return replace(config, objective=plain, views=ViewsConfig(globals=1, global_size=size))
+    plain = replace(o, contrast_views="global", distill=Term(), masked=Term(), anchor=Term(), global_to_global=False)
+    alone = replace(config.train, images=0)
+    return replace(config, objective=plain, views=ViewsConfig(globals=1, global_size=size), train=alone)

@@ -17,7 +17,7 @@ from silc.config import Config, ModelConfig, ObjectiveConfig
 from silc.losses import BLOCK, CACHED, SIDE
 from silc.model.silc import Silc
 from silc.parallel import World
-from silc.plan.flops import groups, hidden_patches, shares
+from silc.plan.flops import groups, hidden_patches, pictures_per_pair, shares
 from silc.train.pretrain import Pretrain
 
 FP32 = 4
@@ -38,6 +38,7 @@ class Weights:
     rest: int
     """The student outside of its blocks: gathered at once by its root."""
     teacher_rest: int
+    anchor: int
 
 
 def compute_bytes(config: Config, device: str) -> int:
@@ -70,6 +71,7 @@ def _weights(model: ModelConfig, objective: ObjectiveConfig) -> Weights:
         block=max(blocks),
         rest=student - sum(blocks),
         teacher_rest=_count(teacher) - inside,
+        anchor=_count(task.anchor) if objective.anchor.weight > 0 else 0,
     )
 
 
@@ -118,11 +120,12 @@ def stored(config: Config, device: str = "cuda") -> dict[str, float]:
     return {k: v for k, v in found.items() if v}
 
 
-def head_rows(config: Config) -> tuple[int, int]:
+def head_rows(config: Config) -> tuple[float, float]:
     """Rows that one pair brings to the student's view head and to its patch head."""
     on_d, on_m = shares(config.objective)
     learners = config.views.locals + (config.views.globals if config.objective.global_to_global else 0)
-    return (learners if on_d else 0), (hidden_patches(config) if on_m else 0)
+    each = pictures_per_pair(config)
+    return (each * learners if on_d else 0), (each * hidden_patches(config) if on_m else 0)
 
 
 def head_bytes(config: Config, width: int, b: int) -> float:
@@ -145,7 +148,7 @@ def losses(config: Config, gpus: int, device: str) -> dict[str, float]:
     b = compute_bytes(c, device)
     view_rows, patch_rows = head_rows(c)
     for mine, taught, together in (
-        (view_rows, v.globals, view_rows + v.globals),
+        (view_rows, pictures_per_pair(c) * v.globals, view_rows + pictures_per_pair(c) * v.globals),
         (patch_rows, patch_rows, 2),
     ):
         if mine:
@@ -164,7 +167,7 @@ def losses(config: Config, gpus: int, device: str) -> dict[str, float]:
 def inputs(config: Config, rows: int) -> float:
     """Pixels of `rows` pairs as uint8 and as normalised fp32, and token ids."""
     v, s = config.views, config.model.preprocess.size
-    pixels = 3 * (v.globals * v.global_size**2 + v.locals * v.local_size**2)
+    pixels = 3 * (v.globals * v.global_size**2 + v.locals * v.local_size**2) * pictures_per_pair(config)
     if config.objective.contrast_views != "global":
         pixels += 3 * s**2
     return rows * ((1 + FP32) * pixels + 8 * config.model.text.length)
@@ -205,6 +208,7 @@ def memory(config: Config, gpus: int, device: str = "cuda") -> dict[str, float]:
         "weights, fp32": FP32 * w.student / shard,
         "AdamW moments, fp32": 2 * FP32 * w.student / shard,
         "teacher, fp32": FP32 * w.teacher / shard,
+        "anchor, fp32": FP32 * w.anchor / shard,
         "gradients, fp32": gradients,
         "bf16 copies of the weights": copies,
     }

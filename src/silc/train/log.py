@@ -95,12 +95,18 @@ class Log:
         spent = time.monotonic() - began
         self.started, self.last = self.started + spent, self.last + spent
 
-    def evaluation(self, step: int, name: str, result: Result) -> None:
-        """One set's scores, beside their chance levels."""
+    def evaluation(self, step: int, name: str, result: Result, before: dict[str, float]) -> None:
+        """One set's scores, beside their chance levels and what they were `before`, where that says something."""
         samples, metrics, chance = step * self.config.train.batch, result.metrics, result.chance
         row = {"kind": "eval", "step": step, "samples": samples, "set": name, "metrics": metrics, "chance": chance}
+        row |= {"before": before} if before else {}
         self.write(row | {"interval": result.details.get("interval", {})})
-        shown = [f"{k} {v:.1%}" + (f" (chance {chance[k]:.1%})" if k in chance else "") for k, v in metrics.items()]
+        shown = []
+        for metric, value in metrics.items():
+            beside = [f"chance {chance[metric]:.1%}"] if metric in chance else []
+            if metric in before:
+                beside.append(f"at step 0 {before[metric]:.1%}, {100 * (value - before[metric]):+.1f}")
+            shown.append(f"{metric} {value:.1%}" + (f" ({'; '.join(beside)})" if beside else ""))
         self.say(f"  eval at step {step}  {name}: " + ", ".join(shown[:3]))
 
     def write(self, row: dict[str, Any]) -> None:

@@ -7,15 +7,14 @@ Used by: cli.py, quickstart.py. The loop knows nothing of crops, teachers or tex
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,23 +23,18 @@ from torch import Tensor
 
 from silc import parallel
 from silc.config import Config
-from silc.data.loader import BadCount, batches
-from silc.data.pairs import Mixture, open_source
-from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
+from silc.data.loader import BadCount, batches, beside
+from silc.data.pairs import Mixture
+from silc.data.tokenizer import Tokenizer
 from silc.eval.run import evaluate
 from silc.model.silc import Silc
 from silc.parallel import Anyone, World
-from silc.plain import save_json, to_dict
-from silc.train import checkpoint
-from silc.train.guard import Guard, Stopped
-from silc.train.log import Log, environment, forget
-from silc.train.optim import clip_and_step, learning_rate, make_optimizer, set_learning_rate
+from silc.train import checkpoint, lora
+from silc.train.guard import Guard, Halt, Retention, Stopped
+from silc.train.log import Log, forget
+from silc.train.optim import clip_and_step, make_optimizer, set_learning_rates
+from silc.train.prepare import check_folder, note_environment, open_data, prepare
 from silc.train.pretrain import Pretrain
-
-FREE_TO_CHANGE = tuple(f"train.{name}" for name in ("threads", "shard", "save_every", "keep", "log_every"))
-FREE_TO_CHANGE += ("data.workers", "log", "eval")
-"""Settings under which a run may go on: they do not touch its arithmetic, but for the order of sums."""
-TOKENIZER_CAPTIONS = 200_000
 
 
 def train(config: Config) -> Path:
@@ -57,21 +51,15 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, world: World) -> Path:
-    if config.train.batch % (world.size * config.train.accumulate):
-        raise ValueError(
-            f"--train.batch {config.train.batch} is not a multiple of {world.size} processes x "
-            f"{config.train.accumulate} micro-batches."
-        )
     if config.train.cuda_graphs and not (config.train.compile and world.device.type == "cuda" and world.mesh is None):
         raise ValueError("--train.cuda-graphs needs a GPU, --train.compile and --train.shard 1.")
     folder = Path(config.out)
     check_folder(folder, config)
-    with parallel.leader_first(world):  # the leader indexes shards once; the others read its index
-        mixture = Mixture([open_source(s, config.data) for s in _sources(config)], config.data.weights, config.seed)
-    config, tokenizer = prepare(config, folder, mixture, world)
-    task, optimizer = build(config, world)
-    step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
+    pairs, pictures = open_data(config, world)
     saved = checkpoint.latest(folder / "checkpoints", world)
+    config, tokenizer, weights = prepare(config, folder, pairs, world, saved is not None)
+    task, optimizer = build(config, world, weights)
+    step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
     if saved is not None:
         checkpoint.restore(task, optimizer, saved, world)
         step, facts = saved.facts["step"], saved.facts
@@ -80,104 +68,29 @@ def _train(config: Config, world: World) -> Path:
             forget(folder / "bad_samples.jsonl", lambda row: row["position"] < facts["position"])
     if world.leads and step < config.steps:
         note_environment(folder, world, step)
+    retention = Retention(config, folder)
     log = Log(config, folder, world.leads, step)
-    log.say(describe(config, task, mixture, world, step))
+    log.say(describe(config, task, pairs, world, step))
     saver = checkpoint.Saver(folder / "checkpoints", config.train.keep, world)
-    run = Run(config, folder, world, task, optimizer, log, tokenizer, bad, saver)
+    run = Run(config, folder, world, task, optimizer, log, tokenizer, bad, saver, retention)
     try:
-        run.steps(step, mixture)
+        run.steps(step, pairs, pictures)
     finally:
         saver.close()
         log.close()
     return folder
 
 
-def check_folder(folder: Path, config: Config) -> None:
-    """A new or empty folder, or one with this very run to resume. ValueError otherwise, naming what differs."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not empty and holds no silc run: choose another --out, or empty it.")
-    saved = _flat(json.loads((folder / "config.json").read_text()))
-    asked = _flat(to_dict(config))
-    derived = ("out", "model.text.vocab", "model.text.eos_id", "model.text.pad_id")
-    differ = [
-        f"{key} {saved.get(key)!r} -> {asked.get(key)!r}"
-        for key in sorted(saved.keys() | asked.keys())
-        if saved.get(key) != asked.get(key)
-        and key not in derived
-        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-    ]
-    if differ:
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(differ[:4])}). "
-            "To resume it repeat its settings; for a new run choose another --out."
-        )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        name = prefix + key
-        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: _plain(value)}
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _sources(config: Config) -> tuple[str, ...]:
-    if not config.data.sources:
-        raise ValueError(
-            "no training data: pass --data.sources with a folder, a .csv/.jsonl/.parquet file or tar shards "
-            "(or try `silc quickstart`, which brings its own)."
-        )
-    return config.data.sources
-
-
-def prepare(config: Config, folder: Path, mixture: Mixture, world: World) -> tuple[Config, Tokenizer]:
-    """The tokenizer of the run (made once, then read), and the config with what it decides; both written down."""
-    kept, length = folder / "tokenizer", config.model.text.length
-    if world.leads:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not kept.exists():
-            make_tokenizer(config, mixture).save(kept)
-    parallel.barrier(world)
-    tokenizer = load_tokenizer(kept, length)
-    text = dataclasses.replace(
-        config.model.text, vocab=tokenizer.vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-    if world.leads:
-        save_json(folder / "config.json", config)
-    return config, tokenizer
-
-
-def note_environment(folder: Path, world: World, step: int) -> None:
-    """Where the run was trained: env.json, to which each resumption adds itself."""
-    path, facts = folder / "env.json", environment(sys.argv)
-    facts |= {"processes": world.size, "device": str(world.device), "threads": torch.get_num_threads()}
-    if step and path.exists():
-        began = json.loads(path.read_text())
-        facts = began | {"resumed": [*began.get("resumed", []), {"step": step} | facts]}
-    path.write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
-    asked, text = config.data.tokenizer, config.model.text
-    if asked == "bytes":
-        return byte_tokenizer(text.length)
-    if asked != "train":
-        return load_tokenizer(Path(asked), text.length)
-    print("training a tokenizer on the captions ...", file=sys.stderr)
-    return train_tokenizer(mixture.captions(TOKENIZER_CAPTIONS), text.vocab, text.length)
-
-
-def build(config: Config, world: World) -> tuple[Pretrain, torch.optim.AdamW]:
-    """Task and optimiser, equal on every process, sharded where there are several."""
+def build(
+    config: Config, world: World, weights: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[Pretrain, torch.optim.AdamW]:
+    """Task and optimiser, equal on every process, sharded where there are several; `weights` to begin with."""
     torch.manual_seed(config.seed)
-    task = Pretrain(config, Silc(config.model), world).to(world.device)
+    model = Silc(config.model)
+    model.load_state_dict(weights, strict=False)  # a tower that the weights lack stays new, as the load report said
+    if config.init.lora:
+        lora.add(model, config.init.lora)
+    task = Pretrain(config, model, world).to(world.device)
     for tower in (task.model.image, task.model.text):
         tower.recompute = config.train.checkpoint_blocks
     for part, towers in task.parts():
@@ -212,21 +125,21 @@ class Run:
     tokenizer: Tokenizer
     bad: BadCount
     saver: checkpoint.Saver
+    retention: Retention
 
-    def steps(self, first: int, mixture: Mixture) -> None:
+    def steps(self, first: int, pairs: Mixture, pictures: Mixture | None) -> None:
         """The loop itself."""
         c, task = self.config, self.task
         guard = Guard(self.folder, c.objective.prototypes.count, c.train.max_nonfinite)
         if first == 0:
             with self.log.paused():
                 self.evaluate(0)
-        stream = batches(c, mixture, self.tokenizer, first, self.world.rank, self.world.size, self.world.device)
+        stream = self.stream(pairs, pictures, first)
         anyone = Anyone(self.world)
         with closing(stream), Signals() as asked:
             for step in range(first, c.steps):
                 batch = self.next(stream)
-                lr = learning_rate(step, c.steps, c.optim)
-                set_learning_rate(self.optimizer, lr)
+                lr = set_learning_rates(self.optimizer, step, c)
                 metrics = task.forward_backward(batch, step)
                 metrics["grad_norm"] = clip_and_step(task.student.parameters(), self.optimizer, c.optim.clip)
                 task.after_step(step)
@@ -251,7 +164,21 @@ class Run:
         # a run that was killed between its last checkpoint and its export still owes both
         if not parallel.all_agree((self.folder / "export").exists(), self.world):
             self.evaluate(c.steps)
-            self.export()
+            self.export(self.folder / "export", c.steps)
+
+    def stream(self, pairs: Mixture, pictures: Mixture | None, first: int) -> Generator[dict[str, Any], None, None]:
+        """Batches of pairs, each with its pictures without captions where there are any."""
+        c, w = self.config, self.world
+        paired = batches(c, pairs, self.tokenizer, first, w.rank, w.size, w.device)
+        if pictures is None:
+            return paired
+        alone = dataclasses.replace(
+            c,
+            seed=pictures.seed,
+            train=dataclasses.replace(c.train, batch=c.train.images),
+            objective=dataclasses.replace(c.objective, contrast_views="global"),
+        )
+        return beside(paired, batches(alone, pictures, self.tokenizer, first, w.rank, w.size, w.device))
 
     def next(self, stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """The next batch on the device; the time spent waiting for it is kept, bad samples are counted and listed."""
@@ -260,8 +187,12 @@ class Run:
         self.log.waited += time.monotonic() - began
         self.bad.add(len(batch["ids"]), batch["bad"])
         self.bad.check()
-        device = self.world.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return self.on_device(batch)
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        moved = {k: self.on_device(v) for k, v in batch.items() if isinstance(v, dict)}
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        return batch | moved | {k: v.to(self.world.device, non_blocking=True) for k, v in tensors.items()}
 
     def numbers(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Means over processes as plain numbers: the one place where the host waits for the device."""
@@ -280,28 +211,29 @@ class Run:
         """The student as a plain model on every process: itself where its weights are whole, else a gathered copy."""
         model = self.task.model
         if self.world.mesh is not None:
-            model = _model(self.config, {k: parallel.whole(v) for k, v in model.state_dict().items()})
+            model = _model(self.config, lora.merged({k: parallel.whole(v) for k, v in model.state_dict().items()}))
         model.tokenizer = self.tokenizer
         return model
 
-    def export(self) -> None:
-        """Write export/, which silc.load opens, and beside it the heads, teacher and centres for whoever goes on."""
+    def export(self, target: Path, steps: int) -> None:
+        """Write a folder that silc.load opens, and beside it the heads, teacher and centres for whoever goes on."""
         tensors = parallel.gathered(self.task.state_dict(), self.world)
         if self.world.leads:
-            part, mine = self.folder / ".export.part", "student.model."
+            part, mine = target.with_name(f".{target.name}.part"), "student.model."
             shutil.rmtree(part, ignore_errors=True)
-            model = _model(self.config, {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
-            model.save(part, {"recipe": self.config.recipe, "steps": self.config.steps})
+            own = lora.merged({k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)})
+            _model(self.config, own).save(part, {"recipe": self.config.recipe, "steps": steps})
             self.tokenizer.save(part)
-            others = {f"task.{k}": v for k, v in tensors.items() if not k.startswith(mine)}
+            others = {f"task.{k}": v for k, v in tensors.items() if not k.startswith((mine, "anchor."))}
             save_file(others, part / "training.safetensors")
-            os.replace(part, self.folder / "export")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
         parallel.barrier(self.world)
 
     def evaluate(self, done: int) -> None:
-        """Score every set of the config, its pictures shared out among the processes.
+        """Score every set of the config, its pictures shared out among the processes, and see what was retained.
 
-        A failing evaluation is reported and never ends the run."""
+        A failing evaluation is reported and never ends the run; Halt when too much was forgotten."""
         if not self.config.eval.sets:
             return
         model = self.whole_model()
@@ -312,10 +244,25 @@ class Run:
                 continue
             try:
                 for label, result in evaluate(model, {name: folder}, world=self.world).items():
-                    self.log.evaluation(done, label, result)
+                    before = self.retention.begun_with(label, result.metrics, done)
+                    self.log.evaluation(done, label, result, before)
             except Exception as error:  # whatever it is, hours of training outweigh it
                 self.log.say(f"  eval at step {done}  {name} failed: {error}")
         parallel.barrier(self.world)
+        self.retain(done)
+
+    def retain(self, done: int) -> None:
+        """Keep the model while it is within bounds, where that is asked for; else warn, or Halt."""
+        action, kept, scored = self.config.retention.action, self.folder / "retained", bool(self.retention.now)
+        lost = self.retention.lost()
+        if lost:
+            self.log.say(f"  {lost}")
+        elif scored and action != "warn" and done:
+            self.export(kept, done)
+        if lost and action == "stop" and done < self.config.steps:
+            self.saver.finish()
+            last = f"{kept} holds the last model within bounds" if kept.exists() else "no later model was within bounds"
+            raise Halt(f"{lost} Stopped at step {done}; {last}. To go on all the same: --retention.action warn.")
 
 
 def _model(config: Config, tensors: dict[str, Tensor]) -> Silc:

@@ -1,6 +1,6 @@
-"""Optimiser and schedule: AdamW over two weight-decay groups, and the learning rate as a function of the step.
+"""Optimiser and schedule: AdamW over heads and towers, and the learning rate as a function of the step.
 
-Gives: make_optimizer, learning_rate, set_learning_rate, clip_and_step.
+Gives: make_optimizer, learning_rate, set_learning_rates, clip_and_step.
 Used by: train/loop.py.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from silc.config import OptimConfig
+from silc.config import Config, OptimConfig
 from silc.parallel import whole
 
 # tables and single vectors that a decay would only pull to the origin
@@ -21,14 +21,20 @@ UNDECAYED = ("position", "cls", "cls_position", "probe", "mask_token", "logit_sc
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (not on norms, biases, position tables, probes or the temperature)."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    decayed = {n for n, p in named.items() if p.ndim >= 2 and n.rsplit(".", 1)[-1] not in UNDECAYED}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in named.items() if n in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
+    """AdamW; weight decay on matrices only (not on norms, biases, position tables, probes or the temperature).
+
+    Each group says in `part` whether it is of the `image` tower, of the `text` tower (with the temperature), or of the
+    `heads`."""
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            part = "image" if name.startswith("model.image.") else "text" if name.startswith("model.") else "heads"
+            decayed = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in UNDECAYED
+            groups.setdefault((part, config.weight_decay if decayed else 0.0), []).append(parameter)
+    described: list[dict[str, Any]] = [
+        {"params": parameters, "part": part, "weight_decay": decay} for (part, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -43,9 +49,21 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * decayed * min(1.0, (steps - step) / cooldown)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def frozen_steps(config: Config) -> int:
+    """Steps at the beginning in which the towers stand still."""
+    return round(config.init.freeze * config.steps)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
+    """Set the rate of every group, a tower's as its share of the heads', warmed up anew where it was frozen first.
+
+    Returns the rate of the heads."""
+    lr, frozen = learning_rate(step, config.steps, config.optim), frozen_steps(config)
+    warm = min(1.0, (step - frozen + 1) / max(1, round(config.optim.warmup * config.steps))) if frozen else 1.0
+    share = {"heads": 1.0, "image": config.init.image_lr * warm, "text": config.init.text_lr * warm}
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * max(0.0, share[group["part"]])
+    return lr
 
 
 def clip_and_step(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, limit: float) -> Tensor:

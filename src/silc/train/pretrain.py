@@ -14,22 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from silc import losses
-from silc.config import Config, ObjectiveConfig, PreprocessConfig
+from silc.config import Config, ObjectiveConfig, PreprocessConfig, Term
 from silc.data.images import normalise
 from silc.data.views import photometric
 from silc.model.prototypes import Projected
 from silc.model.silc import Silc
 from silc.parallel import World, average_gradients, gather, logsumexp, mean
-from silc.train.student import Hyper, Output, Student, Teacher, Views, aligned
+from silc.train.optim import frozen_steps
+from silc.train.student import Anchor, Hyper, Output, Student, Teacher, Views, aligned
 
-# Shapes: B local batch, V views aligned with the text, G/L global/local views, K prototypes, N patches, H hidden ones.
+# Shapes: B local pairs, P >= B pictures (pairs first, then those without a caption), V views aligned with the text,
+# G/L global/local views, K prototypes, N patches, H hidden ones.
 
 
 class Targets(NamedTuple):
-    """What the teacher says of the global views and, as one view of many small pictures, of patches."""
+    """What the teacher says of the global views and, as one view of many small pictures, of patches; and the anchor's
+    embeddings of pictures [V, B, D] and texts [B, D]."""
 
     views: losses.Target | None
     patches: losses.Target | None
+    anchor: tuple[Tensor, Tensor] | None
 
 
 class Pretrain(nn.Module):
@@ -44,7 +48,11 @@ class Pretrain(nn.Module):
                 f"--objective.kind {o.kind} with --model.bias-init {config.model.bias_init}: "
                 "the sigmoid loss needs a bias (-10 fits large batches), softmax must have none."
             )
+        if config.init.freeze > 0 and (o.distill.weight <= 0 or o.distill.start > 0):
+            raise ValueError("--init.freeze is for new heads to learn in, but no head learns from the first step on.")
         self.student = Student(model, o)
+        if o.anchor.weight > 0:
+            self.anchor = Anchor(model)
         self.has_teacher = o.distill.weight > 0 or o.masked.weight > 0
         if self.has_teacher:
             self.teacher = Teacher(self.student)
@@ -59,16 +67,27 @@ class Pretrain(nn.Module):
 
     def parts(self) -> list[tuple[nn.Module, list[nn.Module]]]:
         """The modules that are called as one, each with its towers, whose blocks are compiled and sharded apart."""
-        student: list[tuple[nn.Module, list[nn.Module]]] = [(self.student, [self.model.image, self.model.text])]
-        if not self.has_teacher:
-            return student
-        return [*student, (self.teacher, [self.teacher.image] if self.teacher.image else [])]
+        found: list[tuple[nn.Module, list[nn.Module]]] = [(self.student, [self.model.image, self.model.text])]
+        if self.has_teacher:
+            found.append((self.teacher, [self.teacher.image] if self.teacher.image else []))
+        if self.objective.anchor.weight > 0:
+            found.append((self.anchor, [self.anchor.image, self.anchor.text]))
+        return found
 
     def hyper(self, step: int) -> Hyper:
-        o, now = self.objective, step / self.config.steps
-        distill, masked = ((t.weight if now >= t.start else 0.0) for t in (o.distill, o.masked))
+        o, steps, frozen = self.objective, self.config.steps, frozen_steps(self.config)
+
+        def weight(term: Term) -> float:
+            if step / steps < term.start:
+                return 0.0
+            # heads that learn alone learn at full weight: the ramp spares the towers
+            ramp, begun = term.ramp * steps, step - max(term.start * steps, frozen)
+            return term.weight * min(1.0, (begun + 1) / ramp) if ramp and step >= frozen else term.weight
+
+        distill, masked = weight(o.distill), weight(o.masked)
         # until a term begins the teacher is a copy of the student, so that it starts from that day's weights
-        return Hyper(distill, masked, self.config.ema_momentum if distill or masked else 0.0)
+        momentum = self.config.ema_momentum if distill or masked else 0.0
+        return Hyper(distill, masked, momentum, weight(o.anchor), step < frozen)
 
     def forward_backward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Gradient of one step into the student. Returns the terms and diagnostics by name, detached scalars."""
@@ -78,20 +97,21 @@ class Pretrain(nn.Module):
         views, text = self.views(batch, step, hyper), batch["tokens"]
         if micro == 1:
             output = self.run(views, text, hyper)
-            terms = self.terms(output, self.targets(views, output, hyper), hyper)
+            terms = self.terms(output, self.targets(views, text, output, hyper), hyper)
             terms["loss"].backward()
         else:
-            terms = self.accumulate([_rows(views, i, micro) for i in range(micro)], text.chunk(micro), hyper)
+            terms = self.accumulate([_rows(views, len(text), i, micro) for i in range(micro)], text.chunk(micro), hyper)
         average_gradients(self.student, self.world)
         return {k: v.detach() for k, v in terms.items()}
 
     def terms(self, out: Output, targets: Targets, hyper: Hyper) -> dict[str, Tensor]:
-        """The loss by named terms: L = w_c L_contrast + w_d L_distill + w_m L_masked."""
-        terms = {"contrast": self.contrast(out)} | self.teacher_terms(out, targets, hyper)
+        """The loss by named terms: L = w_c L_contrast + w_d L_distill + w_m L_masked + w_a L_anchor."""
+        terms = {"contrast": self.contrast(out)} | self.other_terms(out, targets)
         return {"loss": self.total(terms, hyper)} | terms
 
     def total(self, terms: dict[str, Tensor], hyper: Hyper) -> Tensor:
         weights = {"contrast": self.objective.contrast.weight, "distill": hyper.distill, "masked": hyper.masked}
+        weights["anchor"] = hyper.anchor
         return torch.stack([weights[n] * terms[n] for n in weights if n in terms]).sum()
 
     def contrast(self, out: Output) -> Tensor:
@@ -104,8 +124,8 @@ class Pretrain(nn.Module):
             per_view = [losses.softmax_contrastive(v, text, out.scale, offset, over) for v in out.image]
         return torch.stack(per_view).mean()
 
-    def teacher_terms(self, out: Output, targets: Targets, hyper: Hyper) -> dict[str, Tensor]:
-        """What the student learns from the teacher, and how the teacher fares."""
+    def other_terms(self, out: Output, targets: Targets) -> dict[str, Tensor]:
+        """What the student learns from teacher and anchor, means over samples, and how the teacher fares."""
         o, terms = self.objective, {}
         if out.views is not None and targets.views is not None:
             same = len(targets.views.features) if o.global_to_global else 0
@@ -115,6 +135,8 @@ class Pretrain(nn.Module):
             # patches are pictures of which there is one view on either side
             patches = out.patches._replace(features=out.patches.features.flatten(0, 1)[None])
             terms["masked"] = self.distill(patches, targets.patches).loss
+        if targets.anchor is not None:
+            terms["anchor"] = losses.anchor(out.image, out.text, *targets.anchor)
         return terms
 
     def distill(self, student: Projected, target: losses.Target, same_view: int = 0) -> losses.Distilled:
@@ -123,15 +145,17 @@ class Pretrain(nn.Module):
         return losses.distill(student.features, student.prototypes, target, temp, same_view, products, compiled)
 
     @torch.no_grad()
-    def targets(self, views: Views, out: Output, hyper: Hyper) -> Targets:
+    def targets(self, views: Views, text: Tensor, out: Output, hyper: Hyper) -> Targets:
         """What the teacher says of global views and of patches; the batch's mean logits are kept for the centres."""
-        if not hyper.needs_teacher:
-            return Targets(None, None)
+        of_views = of_patches = anchor = None
         with self.autocast():
-            of_views, of_patches = self.teacher(views, out, hyper)
+            if hyper.needs_teacher:
+                of_views, of_patches = self.teacher(views, out, hyper)
+            if hyper.anchor > 0 and not hyper.frozen:
+                anchor = self.anchor(views, text, self.objective)
         if of_patches is not None:
             of_patches = of_patches._replace(features=of_patches.features.flatten(0, 1)[None])
-        return Targets(self.target("view_centre", of_views), self.target("patch_centre", of_patches))
+        return Targets(self.target("view_centre", of_views), self.target("patch_centre", of_patches), anchor)
 
     def target(self, centre: str, teacher: Projected | None) -> losses.Target | None:
         if teacher is None:
@@ -146,9 +170,9 @@ class Pretrain(nn.Module):
         First the embeddings of all micro-batches without graph; then the loss and its gradient on them; then each
         micro-batch again with graph, driven by its share of that gradient. The teacher's terms are means over samples.
         """
-        quiet = Hyper(0.0, 0.0, hyper.momentum)
+        quiet = Hyper(0.0, 0.0, hyper.momentum, frozen=hyper.frozen)
         with torch.no_grad():
-            outs = [self.run(_aligned_only(v, self.objective), t, quiet) for v, t in zip(views, text)]
+            outs = [self.run(_aligned_only(v, len(t), self.objective), t, quiet) for v, t in zip(views, text)]
         whole = Output(
             image=torch.cat([o.image for o in outs], 1).requires_grad_(),
             text=torch.cat([o.text for o in outs]).requires_grad_(),
@@ -161,9 +185,9 @@ class Pretrain(nn.Module):
         n, parts = len(views), []
         for i, (v, t) in enumerate(zip(views, text)):
             out = self.run(v, t, hyper)
-            terms = self.teacher_terms(out, self.targets(v, out, hyper), hyper)
+            terms = self.other_terms(out, self.targets(v, t, out, hyper))
             loss = _driven(out, whole, i, n)
-            if extra := {k: v for k, v in terms.items() if k in ("distill", "masked")}:
+            if extra := {k: v for k, v in terms.items() if k in ("distill", "masked", "anchor")}:
                 loss = loss + self.total(extra, hyper) / n
             loss.backward()
             parts.append(terms)
@@ -207,19 +231,31 @@ class Pretrain(nn.Module):
         original = normalise(batch["image"], p.mean, p.std) if o.contrast_views != "global" else None
         wants_globals = o.contrast_views != "original" or hyper.needs_teacher
         big = small = mask = judged = None
+        first_local = len(batch["globals"])
         if wants_globals:
-            big = _pixels(batch, "globals", slice(0, len(batch["globals"])), p)
+            big = self.pixels(batch, "globals", slice(0, first_local), hyper)
         if hyper.distill > 0 and "locals" in batch:
-            small = _pixels(batch, "locals", slice(len(batch["globals"]), None), p)
+            small = self.pixels(batch, "locals", slice(first_local, None), hyper)
         if hyper.masked > 0:
-            mask, judged = self.mask(len(batch["tokens"]), step)
+            parts = [self.mask(len(batch["tokens"]), step)]
+            if "unpaired" in batch:
+                parts.append(self.mask(batch["unpaired"]["globals"].shape[1], step, 1))
+            mask, judged = (torch.cat(part) for part in zip(*parts))
         return Views(original, big, small, mask, judged if o.masked_form == "masked" else None)
 
-    def mask(self, batch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Hidden patches as a mask [B, N] and as indices [B, H], as many in every picture; a function of seed, step
-        and row."""
+    def pixels(self, batch: dict[str, Any], name: str, rows: slice, hyper: Hyper) -> Tensor:
+        """Augmented, normalised views of pairs and, where the teacher's terms are on, of pictures without captions."""
+        paired = _pixels(batch, name, rows, self.model.config.preprocess)
+        if "unpaired" not in batch or not hyper.needs_teacher:
+            return paired
+        return torch.cat([paired, _pixels(batch["unpaired"], name, rows, self.model.config.preprocess)], 1)
+
+    def mask(self, batch: int, step: int, stream: int = 0) -> tuple[Tensor, Tensor]:
+        """Hidden patches as a mask [B, N] and as indices [B, H], as many in every picture; a function of seed, step,
+        stream and row."""
         n = (self.config.views.global_size // self.model.config.image.patch) ** 2
-        generator = torch.Generator().manual_seed(hash((self.config.seed, step)) % 2**63)
+        words = (self.config.seed, step, stream) if stream else (self.config.seed, step)
+        generator = torch.Generator().manual_seed(hash(words) % 2**63)
         noise = torch.rand(batch * self.world.size, n, generator=generator)
         mine = noise[self.world.rank * batch : (self.world.rank + 1) * batch]
         if self.world.device.type == "cuda":  # from pinned memory the host need not wait for the copy
@@ -243,16 +279,22 @@ def _pixels(batch: dict[str, Any], name: str, rows: slice, preprocess: Preproces
     return normalise(batch[name], preprocess.mean, preprocess.std)
 
 
-def _rows(views: Views, i: int, n: int) -> Views:
-    """The i-th of n micro-batches; the batch axis is the crop axis's neighbour where there is one."""
+def _rows(views: Views, pairs: int, i: int, n: int) -> Views:
+    """The i-th of n micro-batches, with its part of the pairs and of the pictures without captions behind them.
+
+    The batch axis is the crop axis's neighbour where there is one."""
 
     def cut(x: Tensor | None, axis: int) -> Tensor | None:
-        return None if x is None else x.chunk(n, axis)[i]
+        if x is None or x.shape[axis] == pairs:
+            return None if x is None else x.chunk(n, axis)[i]
+        parts = x.split([pairs, x.shape[axis] - pairs], axis)
+        return torch.cat([part.chunk(n, axis)[i] for part in parts], axis)
 
     return Views(
         cut(views.original, 0), cut(views.globals, 1), cut(views.locals, 1), cut(views.mask, 0), cut(views.judged, 0)
     )
 
 
-def _aligned_only(views: Views, config: ObjectiveConfig) -> Views:
-    return Views(views.original, views.globals if aligned("globals", config) else None, None, None, None)
+def _aligned_only(views: Views, pairs: int, config: ObjectiveConfig) -> Views:
+    big = views.globals[:, :pairs] if views.globals is not None and aligned("globals", config) else None
+    return Views(views.original, big, None, None, None)

@@ -1,6 +1,6 @@
 """Student and teacher, and what passes between them in one step.
 
-Gives: Student (model and heads, one forward call), Teacher (EMA), Hyper, Views, Output.
+Gives: Student (model and heads, one forward call), Teacher (EMA), Anchor, Hyper, Views, Output.
 Used by: train/pretrain.py.
 """
 
@@ -19,8 +19,9 @@ from silc.model.prototypes import Projected, PrototypeHead
 from silc.model.silc import Silc
 from silc.model.towers import ImageTower
 
-# Shapes: B local batch, V views aligned with the text, S views that learn, G/L global/local views, N patches
-# (H of them predicted), K prototypes of width d, D shared space, W width of the image tower.
+# Shapes: B local pairs, P >= B pictures (pairs first, then those without a caption), V views aligned with the text,
+# S views that learn, G/L global/local views, N patches (H of them predicted), K prototypes of width d, D shared space,
+# W width of the image tower.
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Hyper:
     masked: float
     momentum: float
     """EMA momentum; 0 (teacher = student) until a term that needs the teacher begins."""
+    anchor: float = 0.0
+    frozen: bool = False
+    """Do the towers stand still, so that only heads learn?"""
 
     @property
     def needs_teacher(self) -> bool:
@@ -46,9 +50,9 @@ class Views(NamedTuple):
     globals: Tensor | None
     locals: Tensor | None
     mask: Tensor | None
-    """[B, N]: patches of the first global view hidden from the student."""
+    """[P, N]: patches of the first global view hidden from the student."""
     judged: Tensor | None
-    """[B, H]: those patches whose prediction counts; None: all of them."""
+    """[P, H]: those patches whose prediction counts; None: all of them."""
 
 
 class Output(NamedTuple):
@@ -60,13 +64,13 @@ class Output(NamedTuple):
     scale: Tensor
     bias: Tensor | None
     views: Projected | None
-    """Features [S, B, d] of the views that learn from the teacher."""
+    """Features [S, P, d] of the views that learn from the teacher."""
     patches: Projected | None
-    """Features [B, H, d] of the masked view's patches that count."""
+    """Features [P, H, d] of the masked view's patches that count."""
     features: Tensor | None
-    """[G, B, D] pooled global views, detached, for a head-only teacher."""
+    """[G, P, D] pooled global views, detached, for a head-only teacher."""
     tokens: Tensor | None
-    """[B, H, W] patch tokens of the first global view, unmasked and detached, likewise."""
+    """[P, H, W] patch tokens of the first global view, unmasked and detached, likewise."""
 
 
 class Student(nn.Module):
@@ -89,41 +93,47 @@ class Student(nn.Module):
         groups: list[Tensor] = []
         masks: list[Tensor | None] = []
         lends = c.teacher == "head" and hyper.needs_teacher
-        reads_globals = aligned("globals", c) or lends or (c.global_to_global and hyper.distill > 0)
-        wanted = views.globals if reads_globals else None
+        wanted = views.globals
+        if wanted is not None and not (lends or (c.global_to_global and hyper.distill > 0)):
+            # nothing but the text reads them: those without one need not be encoded
+            wanted = wanted[:, : len(text)] if aligned("globals", c) else None
+        rows: dict[str, int] = {}
         for name, pixels in (("original", views.original), ("globals", wanted), ("locals", views.locals)):
             if pixels is not None:
                 groups.append(pixels.flatten(0, -4))
                 masks.append(None)
                 names.append(name)
+                rows[name] = pixels.shape[-4]
         if hyper.masked > 0 and views.globals is not None:
             groups.append(views.globals[0])
             masks.append(views.mask)
             names.append("masked")
         token = self.mask_token if hyper.masked > 0 else None
-        encoded = dict(zip(names, self.model.image(groups, masks, token)))
-        pooled = {n: e.pooled.unflatten(0, (-1, len(text))) for n, e in encoded.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not hyper.frozen):
+            encoded = dict(zip(names, self.model.image(groups, masks, token)))
+            words, scale, bias = self.model.text(text), self.model.scale, self.model.bias
+        pooled = {n: encoded[n].pooled.unflatten(0, (-1, rows[n])) for n in rows}
         with_text = [n for n in ("original", "globals") if n in pooled and aligned(n, c)]
         learned = [n for n in ("globals", "locals") if n in pooled and (n == "locals" or c.global_to_global)]
         return Output(
-            image=F.normalize(torch.cat([pooled[n] for n in with_text]).float(), dim=-1),
-            text=F.normalize(self.model.text(text).float(), dim=-1),
-            scale=self.model.scale,
-            bias=self.model.bias,
+            image=F.normalize(torch.cat([pooled[n][:, : len(text)] for n in with_text]).float(), dim=-1),
+            text=F.normalize(words.float(), dim=-1),
+            scale=scale,
+            bias=bias,
             views=self.view_head(torch.cat([pooled[n] for n in learned])) if self.view_head and hyper.distill else None,
             patches=self.patch_head(chosen(encoded["masked"].tokens, views.judged))
             if self.patch_head and hyper.masked
             else None,
             # a head-only teacher reads the student's own features; sharded modules must not return views
             features=pooled["globals"].detach().clone() if lends else None,
-            tokens=chosen(encoded["globals"].tokens[: len(text)].detach().clone(), views.judged)
+            tokens=chosen(encoded["globals"].tokens[: len(encoded["masked"].tokens)].detach().clone(), views.judged)
             if lends and hyper.masked > 0
             else None,
         )
 
 
 def chosen(tokens: Tensor, rows: Tensor | None) -> Tensor:
-    """Of tokens [B, N, W] the rows [B, H], or all."""
+    """Of tokens [P, N, W] the rows [P, H], or all."""
     return tokens if rows is None else tokens.take_along_dim(rows[..., None], dim=1)
 
 
@@ -144,7 +154,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, views: Views, student: Output, hyper: Hyper) -> tuple[Projected | None, Projected | None]:
-        """-> features of the views [G, B, d] and of patches [B, H, d], each None when its term is off."""
+        """-> features of the views [G, P, d] and of patches [P, H, d], each None when its term is off."""
         tokens: Tensor | None
         if self.image is not None:
             assert views.globals is not None
@@ -159,3 +169,19 @@ class Teacher(nn.Module):
             self.view_head(features) if self.view_head and hyper.distill else None,
             self.patch_head(tokens) if self.patch_head and hyper.masked else None,
         )
+
+
+class Anchor(nn.Module):
+    """The model that the run began with, never trained: where embeddings are to stay near."""
+
+    def __init__(self, model: Silc) -> None:
+        super().__init__()
+        self.image, self.text = copy.deepcopy(model.image), copy.deepcopy(model.text)
+        self.requires_grad_(False)
+
+    def forward(self, views: Views, text: Tensor, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+        """-> what it makes of the views that the text is aligned with, [V, B, D], and of the texts, [B, D]."""
+        named = (("original", views.original), ("globals", views.globals))
+        groups = [pixels[..., : len(text), :, :, :] for n, pixels in named if pixels is not None and aligned(n, config)]
+        pooled = [e.pooled.unflatten(0, (-1, len(text))) for e in self.image([g.flatten(0, -4) for g in groups])]
+        return F.normalize(torch.cat(pooled).float(), dim=-1), F.normalize(self.text(text).float(), dim=-1)
