@@ -1,13 +1,19 @@
-"""Small real things for the tests: drawn pictures with captions, and where real photographs lie if they are here."""
+"""Small real things for the tests: drawn pictures with captions, where real photographs lie if they are here, and
+open_clip and timm where they are installed."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from silc import recipes
@@ -15,6 +21,24 @@ from silc.config import Config
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "triangle")
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def make_torchvision_importable() -> None:
+    """The registry's torchvision is built for CUDA: beside a CPU torch its operators are missing, and it, and with it
+    transformers, cannot be imported because it describes two of them. Declare those; nothing here calls them."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+make_torchvision_importable()
 
 
 def draw(colour: str, shape: str, shade: int, size: tuple[int, int] = (56, 48)) -> Image.Image:
@@ -65,3 +89,18 @@ def photographs() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real photographs at {folder}: set SILC_TEST_DATA to a folder with caltech101, camvid, coco128")
     return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip() -> ModuleType:
+    return peer("open_clip")
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    return peer("timm")
+
+
+def peer(name: str) -> ModuleType:
+    module: ModuleType = pytest.importorskip(name, reason=f"{name} is not installed: pip install 'silc[dev]'")
+    return module

@@ -24,7 +24,8 @@ from silc.adapters import from_open_clip, from_transformers
 from silc.eval.run import evaluate, fingerprint
 from silc.model.silc import Silc
 from silc.model.towers import Readout
-from silc.predict import Predictor, open_transformers
+from silc.opening import open_model
+from silc.predict import Predictor
 
 SIDE = PATCH * GRID
 FAMILIES = ["clip_quick", "siglip", "siglip2"]
@@ -136,8 +137,9 @@ def test_an_adapted_model_that_is_unlike_its_family_has_no_dense_features(tmp_pa
 
 def test_a_folder_says_what_was_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path, "siglip")
-    model, report = open_transformers(tmp_path)
-    assert not report.new and not model.training and report.share == 1
+    opened = open_model(tmp_path)
+    report = opened.report
+    assert not report.new and not opened.model.training and report.share == 1
     load(tmp_path)
     assert f"Loaded {len(report.loaded)}/{len(report.loaded)} tensors" in capsys.readouterr().err
 
@@ -169,7 +171,7 @@ def test_the_first_siglip_drops_punctuation_and_pads_with_its_end(tmp_path: Path
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
-    ("weights", "there is no model.safetensors in it.$"), ("pickle", "can run code"), ("damage", "is damaged"),
+    ("weights", "there is no model.safetensors in it.$"), ("pickle", "would run code"), ("damage", "is damaged"),
     ("tokenizer", "holds no tokenizer.json"), ("family", "Perhaps you meant 'siglip'"), ("json", "not valid JSON"),
     ("vocabulary", "do not belong together"),
 ])

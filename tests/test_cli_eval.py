@@ -24,7 +24,7 @@ from silc.data.tokenizer import byte_tokenizer
 from silc.eval import suites
 from silc.eval.run import find_tasks, fingerprint
 from silc.model.silc import Silc
-from silc.predict import load
+from silc.opening import load
 
 SETS: dict[str, Any] = {
     "zeroshot/splits": {"folder": "splits", "split": "test", "templates": ["a {}."]},
@@ -180,7 +180,7 @@ def test_a_suite_is_checked_before_anything_runs(place: Path, tmp_path: Path, ca
 
 def test_models_and_folders_that_are_none(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sets = ("--sets", "zeroshot", place / "data" / "splits")
-    assert "is not a folder" in fails(capsys, "eval", tmp_path / "none", *sets)
+    assert "does not exist" in fails(capsys, "eval", tmp_path / "none", *sets)
     assert "no config.json" in fails(capsys, "eval", tmp_path, *sets)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "no model.safetensors" in fails(capsys, "eval", tmp_path, *sets)

@@ -289,3 +289,69 @@ def test_train_can_be_called_from_python(base: Path, pairs: Path, tmp_path: Path
     c = replace(c, out=str(tmp_path / "run"), init=InitConfig(str(base)), data=replace(c.data, sources=(str(pairs),)))
     c = replace(c, train=replace(c.train, samples=32))
     assert (train(c) / "export" / "model.safetensors").exists()
+
+
+def test_interpolation_is_exact_at_its_ends_and_linear_between(base: Path, pairs: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    main(adapt(pairs, base, tuned, "--init.image-lr", "1", "--init.text-lr", "1"))
+    one, other = weights(base), weights(tuned)
+    assert any(not torch.equal(one[n], other[n]) for n in one)
+    for alpha in ("0", "1", "0.3"):
+        main(["interpolate", str(base), str(tuned), "--alpha", alpha, "--out", str(tmp_path / alpha)])
+        found = load_file(tmp_path / alpha / "model.safetensors")
+        for name in one:
+            expected = (1 - float(alpha)) * one[name].double() + float(alpha) * other[name].double()
+            assert (found[name].double() - expected).abs().max() < (1e-12 if alpha in "01" else 1e-6), name
+    silc.load(tmp_path / "0.3").encode_text(["a red circle"])
+
+
+def test_a_sweep_is_scored_and_drawn(base: Path, pairs: Path, zeroshot: Path, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    out = tmp_path / "sweep"
+    sets = ["--sets", "zeroshot/shapes", str(zeroshot), "retrieval", str(pairs)]
+    main(["interpolate", str(base), str(base), "--alpha", "0", "0.5", "1", "--out", str(out), *sets])
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [row["alpha"] for row in rows] == [0, 0.5, 1]
+    assert rows[0]["scores"] == rows[2]["scores"] and set(rows[0]["scores"]) == {"zeroshot/shapes", "retrieval"}
+    assert Image.open(out / "sweep.png").width > 300 and (out / "alpha-0.5" / "card.html").exists()
+    refused(capsys, ["interpolate", str(base), str(base), "--alpha", "0", "1"], "--sets")
+    refused(capsys, ["interpolate", str(base), str(base), "--alpha", "5"], "--alpha")
+
+
+def test_models_of_two_architectures_do_not_mix(base: Path, pairs: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    main(command(pairs, tmp_path / "wide", "--model.text.mlp", "48", "--train.samples", "16"))
+    said = refused(capsys, ["interpolate", str(base), str(tmp_path / "wide"), "--alpha", "0.5"], "not of one")
+    assert "text.blocks.0.mlp" in said
+
+
+class Burglar:
+    """Unpickling this would write a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.write_text, (self.mark, "it ran"))
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_init_and_resume(
+    base: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark, evil = tmp_path / "ran", tmp_path / "evil.pt"
+    torch.save({"state_dict": Burglar(mark)}, evil)
+    (tmp_path / "evil.json").write_text((base / "export" / "config.json").read_text())
+    refused(capsys, adapt(pairs, evil, tmp_path / "run"), "evil.pt")
+    out = tmp_path / "whole"
+    main(adapt(pairs, base, out, "--train.keep", "1"))
+    shutil.rmtree(out / "export")
+    state = next((out / "checkpoints").glob("step-*/*.safetensors"))
+    facts = json.loads((state.parent / "state.json").read_text())
+    shutil.copy(evil, state)
+    facts["files"][state.name] = state.stat().st_size  # as an attacker would
+    (state.parent / "state.json").write_text(json.dumps(facts))
+    main(adapt(pairs, base, out, "--train.keep", "1"))
+    assert "damaged" in capsys.readouterr().err  # and the run began again
+    assert not mark.exists()
+    torch.load(evil, weights_only=False)  # the file does what it threatens to
+    assert mark.exists()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+import silc
 from silc import predict
 from silc.app import overlays
 from silc.config import ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
@@ -69,7 +70,7 @@ def test_load_opens_a_run_and_an_export_with_its_tokenizer(tmp_path, picture):
     tokenizer.save(tmp_path / "run" / "export")
     (tmp_path / "run" / "config.json").write_text("{}")
     for folder in (tmp_path / "run", str(tmp_path / "run" / "export")):
-        opened = predict.load(folder)
+        opened = silc.load(folder)
         assert not opened.training
         model.tokenizer = tokenizer
         torch.testing.assert_close(opened.encode_text(["a cat"]), model.eval().encode_text(["a cat"]))
@@ -78,17 +79,17 @@ def test_load_opens_a_run_and_an_export_with_its_tokenizer(tmp_path, picture):
 
 
 def test_load_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="not a folder"):
-        predict.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="does not exist"):
+        silc.load(tmp_path / "none")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        predict.load(tmp_path)
+        silc.load(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="no `export` folder yet"):
-        predict.load(tmp_path)
+        silc.load(tmp_path)
     tiny(tmp_path / "small", 10)
     byte_tokenizer(12).save(tmp_path / "small")
     with pytest.raises(ValueError, match="do not belong together"):
-        predict.load(tmp_path / "small")
+        silc.load(tmp_path / "small")
 
 
 # ---------------------------------------------------------------- pictures

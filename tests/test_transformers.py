@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from silc.config import ModelConfig
+from silc.model.layout import strip_prefixes
 from silc.model.silc import Silc
-from silc.model.weights import describe, from_transformers, strip_prefixes, to_transformers
+from silc.model.weights import describe, from_transformers, to_transformers
 
 VOCAB, LENGTH, END, PATCH, GRID = 64, 12, 63, 8, 4
 VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -42,11 +43,17 @@ def build(kind: str, seed: int = 0, **vision: Any) -> Any:
         sizes = {**VISION, "image_size": PATCH * GRID, **act, **vision}
         config = hf.CLIPConfig(text_config={**TEXT, **act, **end}, vision_config=sizes, projection_dim=20)
     model = getattr(hf, f"{name}Model")(config).eval()
-    for key, p in model.named_parameters():
-        scale = p[0].numel() ** -0.5 if p.dim() > 1 and "embedding" not in key else 0.4
-        p.data = torch.randn_like(p) * scale + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
+    randomise(model)
     model.logit_scale.data.fill_(1.5)
     return model
+
+
+def randomise(model: torch.nn.Module) -> None:
+    for key, p in model.named_parameters():
+        table = "embed" in key and "proj" not in key
+        scale = p[0].numel() ** -0.5 if p.dim() > 1 and not table else 0.4
+        norm = ("norm" in key or "ln_" in key) and key.endswith("weight")
+        p.data = torch.randn_like(p) * scale + (1.0 if norm else 0.0)
 
 
 def captions(kind: str) -> Tensor:
@@ -108,12 +115,31 @@ def test_short_texts_agree_without_padding_to_the_table(pair: tuple[str, Any, Si
     assert off(ours.encode_text(ids), F.normalize(expected, dim=-1)) < 1e-4
 
 
+SIZES = [(PATCH * GRID, PATCH * GRID), (PATCH * 2, PATCH * 6), (PATCH * 7, PATCH * 5)]
+
+
 @torch.no_grad()
-def test_dense_features_follow_the_formula_on_their_hidden_states(pair: tuple[str, Any, Silc]) -> None:
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_images_of_other_sizes_agree(pair: tuple[str, Any, Silc], size: tuple[int, int]) -> None:
     kind, theirs, ours = pair
-    pixels = torch.randn(2, 3, PATCH * GRID, PATCH * GRID)
+    pixels = torch.randn(3, 3, *size)
+    expected = theirs.get_image_features(**picture_inputs(kind, pixels), **grown(kind)).pooler_output
+    assert off(ours.encode_image(pixels), F.normalize(expected, dim=-1)) < 1e-4
+
+
+def grown(kind: str) -> dict[str, bool]:
+    return {} if kind == "siglip2" else {"interpolate_pos_encoding": True}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+def test_dense_features_follow_the_formula_on_their_hidden_states(
+    pair: tuple[str, Any, Silc], size: tuple[int, int]
+) -> None:
+    kind, theirs, ours = pair
+    pixels = torch.randn(2, 3, *size)
     vision = theirs.vision_model
-    out = vision(**picture_inputs(kind, pixels), output_hidden_states=True)
+    out = vision(**picture_inputs(kind, pixels), output_hidden_states=True, **grown(kind))
     last = vision.encoder.layers[-1]
     if kind.startswith("clip"):
         x = out.hidden_states[-2][:, 1:]
@@ -133,7 +159,7 @@ def test_dense_features_follow_the_formula_on_their_hidden_states(pair: tuple[st
         expected = {"tokens": tokens, "auto": tokens}
     for readout, features in expected.items():
         dense = ours.encode_dense(pixels, readout)  # type: ignore[arg-type]
-        assert dense.shape == (2, ours.config.embed_dim, GRID, GRID)
+        assert dense.shape == (2, ours.config.embed_dim, size[0] // PATCH, size[1] // PATCH)
         assert off(dense.flatten(2).transpose(1, 2), F.normalize(features, dim=-1)) < 1e-4
 
 
@@ -310,11 +336,25 @@ def test_a_tensor_that_does_not_fit_is_named(spoil: str) -> None:
         from_transformers(siglip_config(), {**tensors, name: spoilt})
 
 
-def test_half_precision_files_load_in_fp32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_any_precision_load_in_fp32(dtype: torch.dtype) -> None:
     tensors = to_transformers(random_silc(siglip_config()))
-    model, _ = from_transformers(siglip_config(), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    model, _ = from_transformers(siglip_config(), {name: t.to(dtype) for name, t in tensors.items()}, image_size=40)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(model.image.norm.weight, tensors["vision_model.post_layernorm.weight"].bfloat16().float())
+    assert torch.equal(model.image.norm.weight, tensors["vision_model.post_layernorm.weight"].to(dtype).float())
+
+
+def test_a_model_is_built_at_the_image_size_asked_for() -> None:
+    given = random_silc(siglip_config())
+    model, report = from_transformers(siglip_config(), to_transformers(given), image_size=48)
+    assert model.config.image.image_size == model.config.preprocess.size == 48
+    assert report.resized == ["image.position 4x4 -> 6x6"] and report.share == 1
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert off(model.encode_image(pixels), given.encode_image(pixels)) < 1e-5
+    for size in (50, 0, -8):
+        with pytest.raises(ValueError, match=f"image_size {size} is not a multiple of the model's patch, 8 px"):
+            from_transformers(siglip_config(), {}, image_size=size)
 
 
 def test_a_softmax_model_with_siglip_towers_exports_a_zero_bias() -> None:

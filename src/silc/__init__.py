@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from silc.model.silc import Silc as Silc
+    from silc.opening import load as load
     from silc.predict import Predictor as Predictor
-    from silc.predict import load as load
 
 __version__ = "0.1.0"
 __all__ = ["Predictor", "Silc", "load"]
@@ -21,8 +21,12 @@ def __getattr__(name: str) -> Any:
         from silc.model.silc import Silc
 
         return Silc
-    if name in ("Predictor", "load"):
-        from silc import predict
+    if name == "Predictor":
+        from silc.predict import Predictor
 
-        return getattr(predict, name)
+        return Predictor
+    if name == "load":
+        from silc.opening import load
+
+        return load
     raise AttributeError(f"module 'silc' has no attribute {name!r}")

@@ -166,13 +166,52 @@ def heatmap(args: list[str]) -> None:
             how: The segmentation protocol whose size, windows and read-out are used: whole-image, tcl, tips, ...
         """
         from silc.app.overlays import overlay_heatmap
-        from silc.predict import Predictor, load
+        from silc.opening import load
+        from silc.predict import Predictor
 
         maps = Predictor(load(model)).heatmap(image, list(text), how=how)
         overlay_heatmap(image, maps, text).save(out)
         print(f"wrote {out}")
 
     tyro.cli(run, args=args, prog="silc heatmap")
+
+
+def interpolate(args: list[str]) -> None:
+    """Go part of the way from a model to what was trained from it (WiSE-FT), and see what each part costs."""
+
+    def run(
+        base: tyro.conf.Positional[str],
+        tuned: tyro.conf.Positional[str],
+        alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        sets: dict[str, str] = {},  # noqa: B006 - read only
+        out: Path = Path("interpolated"),
+        device: str = "auto",
+    ) -> None:
+        """Write (1 - alpha) base + alpha tuned: with one alpha the model itself, with several their scores and a plot.
+
+        Args:
+            base: What the training began with: a run, an export, or anything that silc.load opens.
+            tuned: What came out of it.
+            alpha: How far to go: 0 is the base, 1 the tuned model.
+            sets: Pairs of task and folder to score, as in `silc eval`; the plot shows the others over the first.
+            out: Folder of the model, or of sweep.json, sweep.png and the results.
+            device: auto, cpu, cuda or cuda:1.
+        """
+        from silc.app.interpolating import open_ends, sweep, write
+
+        if not alpha or not all(-1 <= a <= 2 for a in alpha):
+            raise ValueError("--alpha must be one number or more between -1 and 2: 0 is the base, 1 the tuned model.")
+        ends = open_ends(base, tuned)
+        if len(alpha) == 1:
+            write(ends, alpha[0], out)
+            print(f"wrote the model to {out}")
+        if sets:
+            sweep(ends, alpha, sets, out, device)
+            print(f"wrote {out / 'sweep.json'} and sweep.png")
+        elif len(alpha) > 1:
+            raise ValueError("several --alpha are for comparing: name what to score, --sets TASK FOLDER ...")
+
+    tyro.cli(run, args=args, prog="silc interpolate")
 
 
 def list_recipes(args: list[str]) -> None:
@@ -189,6 +228,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "compare": compare,
     "heatmap": heatmap,
+    "interpolate": interpolate,
     "recipes": list_recipes,
 }
 

@@ -1,6 +1,6 @@
 """A picture and words in; labels, similarity maps and label maps out.
 
-Gives: load, open_transformers, Predictor (classify, heatmap, segment), as_image.
+Gives: Predictor (classify, heatmap, segment), as_image.
 Used by: the command line, app/*, anyone in Python.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -16,13 +15,10 @@ from typing import TypedDict
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from silc.config import DataConfig
 from silc.data.images import BadSample, decode, normalise, preprocess
-from silc.data.tokenizer import Tokenizer, load_tokenizer
 from silc.eval.embed import evaluating
 from silc.eval.prompts import TEMPLATES, check_templates, class_embeddings
 from silc.eval.protocols import (
@@ -36,9 +32,7 @@ from silc.eval.protocols import (
     probability_scale,
     protocol,
 )
-from silc.model.silc import CONFIG_NAME, WEIGHTS_NAME, Silc
-from silc.model.weights import LoadReport, from_transformers
-from silc.plain import read_json
+from silc.model.silc import Silc
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a Pillow picture, or uint8: [H, W, 3] or [H, W] as an array, [3, H, W] as a tensor."""
@@ -47,81 +41,6 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 class Score(TypedDict):
     cosine: float
     probability: float
-
-
-def load(target: str | Path) -> Silc:
-    """Open a model with its tokenizer: the folder of a run (its `export` is used), one that `Silc.save` wrote, or one
-    in the form of transformers (CLIP, SigLIP, SigLIP 2), for which a load report goes to stderr.
-
-    The model is on the CPU, in eval mode. Raises ValueError that says what the folder lacks.
-    """
-    target = Path(target)
-    if not target.is_dir():
-        raise ValueError(f"{target} is not a folder: give the folder of a run or of an exported model.")
-    folder = target / "export" if (target / "export").is_dir() else target
-    if folder == target and (target / "metrics.jsonl").exists():
-        raise ValueError(f"the run {target} has no `export` folder yet: let it reach its first save.")
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds no model: there is no {CONFIG_NAME} in it.")
-    described = read_json(folder / CONFIG_NAME)
-    if "model_type" in described:
-        model, report = open_transformers(folder)
-        print(report, file=sys.stderr)
-        return model
-    model = Silc.open(folder)
-    return _with_tokenizer(model, load_tokenizer(folder), folder)
-
-
-def open_transformers(folder: Path) -> tuple[Silc, LoadReport]:
-    """A model with its tokenizer from the files of transformers: config.json, model.safetensors (or its shards),
-    preprocessor_config.json and the tokenizer's. Nothing is downloaded, and transformers is not needed.
-
-    ValueError for a family that silc does not have, and for what is missing or does not fit.
-    """
-    stated = folder / "preprocessor_config.json"
-    try:
-        model, report = from_transformers(
-            read_json(folder / CONFIG_NAME), _tensors(folder), read_json(stated) if stated.is_file() else None)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    rules = folder / "tokenizer_config.json"
-    named = str(read_json(rules).get("tokenizer_class", "")) if rules.is_file() else ""
-    # the first SigLIP took punctuation away and padded with its end token; its vocabulary goes by this file name
-    first = (named.startswith("Siglip") and not named.startswith("Siglip2")) or (folder / "spiece.model").is_file()
-    text = model.config.text
-    tokenizer = load_tokenizer(
-        folder, text.length, text.eos_id, text.eos_id if first else None, lowercase=True, punctuation=not first)
-    return _with_tokenizer(model, tokenizer, folder), report
-
-
-def _with_tokenizer(model: Silc, tokenizer: Tokenizer, folder: Path) -> Silc:
-    if tokenizer.vocab > model.config.text.vocab:
-        raise ValueError(
-            f"{folder}: its tokenizer has {tokenizer.vocab} tokens, but the model only {model.config.text.vocab}; "
-            "they do not belong together."
-        )
-    model.tokenizer = tokenizer
-    return model
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """The state dict of one safetensors file, or of the shards that its index lists."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS_NAME]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        # an index is data from elsewhere: it may name files beside it only
-        path = folder / Path(name).name
-        if not path.is_file():
-            pickled = (folder / "pytorch_model.bin").is_file()
-            raise ValueError(f"there is no {path.name} in it" + (
-                "; pytorch_model.bin can run code, so silc leaves it shut: convert it with save_pretrained." if pickled
-                else "."))
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} is damaged ({error}).") from None
-    return tensors
 
 
 def as_image(picture: Picture) -> Tensor:

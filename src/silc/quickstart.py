@@ -30,7 +30,7 @@ from silc.data.labelled import Masked, open_masked
 from silc.eval.metrics import Result
 from silc.eval.run import evaluate, fingerprint, table
 from silc.model.silc import Silc
-from silc.predict import load
+from silc.opening import load
 from silc.train.loop import train
 
 QUERIES, SCENES = 8, 6

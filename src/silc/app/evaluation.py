@@ -1,7 +1,7 @@
 """One evaluation from start to end: open the model, find the sets, score them, write the folder and its card.
 
-Gives: evaluate.
-Used by: the command line.
+Gives: evaluate, evaluate_model.
+Used by: the command line; app/interpolating.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from silc.app import card, results
 from silc.eval import run, suites
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
+from silc.opening import load
 from silc.plain import nearest, to_dict
-from silc.predict import load
 
 
 def evaluate(
@@ -57,11 +57,26 @@ def evaluate(
     if not scored:
         raise ValueError("every set failed; the first: " + next(f"{name}: {why}" for name, why in failed.items()))
     if out is not None:
-        about |= {"sha256": run.fingerprint(opened), "device": _name(opened.device),
-                  "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")}
-        results.save(scored, out, about, skipped, failed)
-        card.build(out)
+        _write(opened, scored, out, about, skipped, failed)
     return scored, failed
+
+
+def evaluate_model(model: Silc, name: str, sets: Mapping[str, str], out: Path, device: str) -> dict[str, Result]:
+    """Score a model in memory, to be called `name`, and write the folder as `evaluate` does. ValueError likewise."""
+    opened = model.to(_device(device))
+    scored, _ = _score(opened, sets, {}, set(sets), out, None)
+    _write(opened, scored, out, {"model": name}, {}, {})
+    return scored
+
+
+def _write(
+    model: Silc, scored: dict[str, Result], out: Path, about: dict[str, Any], skipped: dict[str, str],
+    failed: dict[str, str],
+) -> None:
+    about |= {"sha256": run.fingerprint(model), "device": _name(model.device),
+              "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")}
+    results.save(scored, out, about, skipped, failed)
+    card.build(out)
 
 
 def _score(

@@ -1,21 +1,23 @@
 """Text to token ids, with everything that changes them (case, end token, length, padding) kept beside the vocabulary.
 
-Gives: `Tokenizer`, `train_tokenizer`, `byte_tokenizer`, `load_tokenizer`.
+Gives: `Tokenizer`, `train_tokenizer`, `byte_tokenizer`, `clip_tokenizer`, `load_tokenizer`.
 Used by: data/loader, train/checkpoint, model/weights, predict.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import string
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Pieces
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from silc.plain import load_json, save_json
@@ -28,6 +30,8 @@ PAD, EOS = "<pad>", "<eos>"
 # Spellings by which other families' files are understood when they do not say which token is which
 KNOWN_EOS = ("</s>", "<eos>", "<|endoftext|>", "[SEP]")
 KNOWN_PAD = ("<pad>", "[PAD]", "<|pad|>")
+CLIP_VOCAB = 49408
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -168,6 +172,29 @@ def byte_tokenizer(length: int) -> Tokenizer:
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces.decoder = decoders.ByteLevel()
     return Tokenizer(pieces, TextRules(length, eos_id=1, pad_id=0))
+
+
+def clip_tokenizer(merges: Path, length: int) -> Tokenizer:
+    """CLIP's byte pairs from its list of merges, as open_clip ships it (`bpe_simple_vocab_16e6.txt.gz`).
+
+    [begin] tokens end, padded with zeros. Unlike open_clip's, it neither repairs broken Unicode nor resolves HTML
+    entities. ValueError for a file that is none.
+    """
+    try:
+        lines = gzip.decompress(merges.read_bytes()).decode("utf-8").split("\n")[1 : CLIP_VOCAB - 2 * 256 - 2 + 1]
+        pairs = [(first, second) for first, second in (line.split() for line in lines)]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{merges} is not CLIP's list of merges ({error}).") from None
+    # bytes that print come first here, in this order
+    letters = sorted(_byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in pairs)]
+    vocab = {token: i for i, token in enumerate([*tokens, "<start_of_text>", "<end_of_text>"])}
+    pieces = Pieces(models.BPE(vocab, pairs, end_of_word_suffix="</w>"))
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([words, spelt])
+    end = vocab["<end_of_text>"]
+    return Tokenizer(pieces, TextRules(length, eos_id=end, pad_id=0, bos_id=end - 1))
 
 
 def load_tokenizer(

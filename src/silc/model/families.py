@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from silc.config import Activation, ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
+from silc.config import Activation, ImageTowerConfig, ModelConfig, PositionResize, PreprocessConfig, TextTowerConfig
 from silc.plain import from_dict, nearest
 
 Family = Literal["clip", "siglip", "siglip2"]
@@ -26,6 +26,7 @@ _SIGLIP: tuple[dict[str, Any], dict[str, Any]] = (
     {"causal": False, "pool": "last", "proj": "affine"},
 )
 SWITCHES: dict[Family, tuple[dict[str, Any], dict[str, Any]]] = {"clip": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
+RESIZE: dict[Family, PositionResize] = {"clip": "bicubic", "siglip": "bicubic", "siglip2": "bilinear-antialias"}
 
 # A config.json lists only what differs from the defaults of its class, so those are part of the format.
 _BASE: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -62,7 +63,8 @@ def describe(hf_config: dict[str, Any], preprocessor: dict[str, Any] | None = No
         raise ValueError("the config has vision_use_head = false: without its pooling head it has no image embedding.")
     patch = _whole(vision, "patch_size")
     grid = math.isqrt(_whole(vision, "num_patches")) if family == "siglip2" else _whole(vision, "image_size") // patch
-    image = ImageTowerConfig(image_size=grid * patch, patch=patch, **_tower(vision), **SWITCHES[family][0])
+    image = ImageTowerConfig(
+        image_size=grid * patch, patch=patch, position_resize=RESIZE[family], **_tower(vision), **SWITCHES[family][0])
     if family == "clip":
         embed_dim = _whole({"projection_dim": 512, **hf_config}, "projection_dim")
         scale, bias = math.exp(hf_config.get("logit_scale_init_value", 2.6592)), None

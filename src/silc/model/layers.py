@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from silc.config import Activation
+from silc.config import Activation, PositionResize
 
 # Sequences of several lengths are packed into one [T, D] tensor, so that norms, projections and MLPs run once over all
 # of them; `shapes` = ((B, N), ...) remembers the parts, and only attention looks at it.
@@ -37,18 +37,18 @@ def unpack(packed: Tensor, shapes: Shapes) -> list[Tensor]:
     return [part.unflatten(0, shape) for part, shape in zip(packed.split([b * n for b, n in shapes]), shapes)]
 
 
-def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
-    """Position table [g, g, D] -> [height, width, D], antialiased bicubic, by output size (never by scale factor).
+def resize_grid(grid: Tensor, height: int, width: int, how: PositionResize = "bicubic-antialias") -> Tensor:
+    """Position table [g, g, D] -> [height, width, D] by output size (never by scale factor).
 
-    Without antialiasing a small crop would read, and train, only a few cells of the table: an uneven gradient that
-    leaves a visible pattern in it.
+    Without antialiasing a small crop reads, and trains, only a few cells of the table: an uneven gradient that leaves
+    a visible pattern in it. So `bicubic` is for models that were trained with it.
     """
     if grid.shape[:2] == (height, width):
         return grid
     if width == 1 < height:  # PyTorch's antialiased CPU kernel repeats the first row when asked for a single column
-        return resize_grid(grid.transpose(0, 1), width, height).transpose(0, 1)
-    channels_first = grid.permute(2, 0, 1)[None].float()
-    resized = F.interpolate(channels_first, (height, width), mode="bicubic", align_corners=False, antialias=True)
+        return resize_grid(grid.transpose(0, 1), width, height, how).transpose(0, 1)
+    channels_first, mode = grid.permute(2, 0, 1)[None].float(), how.removesuffix("-antialias")
+    resized = F.interpolate(channels_first, (height, width), mode=mode, align_corners=False, antialias=mode != how)
     return resized[0].permute(1, 2, 0).to(grid.dtype)
 
 

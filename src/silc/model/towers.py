@@ -83,7 +83,7 @@ class ImageTower(nn.Module):
         x = F.linear(cells.flatten(3).flatten(1, 2), self.patch.weight.flatten(1), self.patch.bias)
         if mask is not None and mask_token is not None:
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
-        x = x + resize_grid(self.position, height, width).flatten(0, 1)
+        x = x + resize_grid(self.position, height, width, self.config.position_resize).flatten(0, 1)
         if self.config.pool == "cls":
             x = torch.cat([(self.cls + self.cls_position).expand(len(x), 1, -1), x], dim=1)
         return self.pre_norm(x)
