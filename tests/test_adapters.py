@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -336,11 +336,7 @@ def test_a_transform_without_an_equal_is_refused(given: Any, message: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
-def test_models_that_open_clip_itself_builds(name: str) -> None:
-    try:
-        import open_clip
-    except Exception as error:  # it needs torchvision, which may not fit the torch that is here
-        pytest.skip(f"open_clip cannot be imported: {error}")
+def test_models_that_open_clip_itself_builds(open_clip: ModuleType, name: str) -> None:
     torch.manual_seed(0)
     theirs, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
     theirs.eval()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from silc.config import Activation, ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
-from silc.model import weights
+from silc.model import layout, open_clip, timm, weights
 from silc.model.families import family_of
 from silc.model.silc import Silc
 from silc.model.towers import ImageTower, Readout
@@ -212,80 +212,45 @@ class _OpenClip(Adapter):
     def _build(self) -> ImageTower:
         if self.read is None:
             raise ValueError(f"no dense features: silc does not know image towers like {type(self.trunk[0]).__name__}.")
-        config, names = self.read
+        config, names, forms = self.read
         state = self.trunk[0].state_dict()
         tower = ImageTower(config, state["proj"].shape[1] if "proj" in state else config.width)
-        own = tower.state_dict()
-        filled = {ours: part for theirs, target in names.items() if theirs in state
-                  for ours, part in _cut(theirs, state[theirs].float(), target.split(), own)}
-        if missing := sorted(set(own) - set(filled)):
-            raise ValueError(f"no dense features: the image tower has nothing for {', '.join(missing[:4])}.")
-        if strange := sorted(set(state) - set(names)):
-            raise ValueError(f"no dense features: silc's image tower has no place for {', '.join(strange[:4])}.")
-        tower.load_state_dict(filled)
+        placed = layout.tower(names, config.depth, "", "image.", forms)
+        report = layout.fill(nn.ModuleDict({"image": tower}), placed, state, "open_clip", minimum=0.0)
+        if report.new:
+            missing = ", ".join(name.removeprefix("image.") for name in report.new[:4])
+            raise ValueError(f"no dense features: the image tower has nothing for {missing}.")
+        if report.ignored:
+            raise ValueError(f"no dense features: silc's image tower has no place for {', '.join(report.ignored[:4])}.")
         return tower
 
 
-def _cut(name: str, tensor: Tensor, targets: list[str], own: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """One tensor of theirs as ours: split along the first axis, in the shapes of our tower."""
-    if name == "proj":
-        tensor = tensor.T  # x @ proj there
-    shapes = [own[target].shape for target in targets]
-    return list(zip(targets, (part.reshape(s) for part, s in zip(
-        tensor.reshape(-1).split([s.numel() for s in shapes]), shapes))))
+Reader = tuple[ImageTowerConfig, dict[str, str], dict[str, layout.Form]]
+"""Settings, its names -> ours, and the form of some."""
 
 
-def _both(layers: dict[str, str]) -> dict[str, str]:
-    return {f"{theirs}.{kind}": " ".join(f"{one}.{kind}" for one in ours.split())
-            for theirs, ours in layers.items() for kind in ("weight", "bias")}
-
-
-def _blocks(prefix: str, depth: int, layers: dict[str, str]) -> dict[str, str]:
-    return {name: target for i in range(depth) for name, target in _both(
-        {f"{prefix}.{i}.{theirs}": " ".join(f"blocks.{i}.{one}" for one in ours.split())
-         for theirs, ours in layers.items()}).items()}
-
-
-def _vision_transformer(trunk: Any, size: int) -> tuple[ImageTowerConfig, dict[str, str]]:
-    """open_clip's own ViT: settings, and its names -> ours."""
+def _vision_transformer(trunk: Any, size: int) -> Reader:
+    """open_clip's own ViT."""
     blocks = trunk.transformer.resblocks
-    first, depth = blocks[0], len(blocks)
+    first, depth, pre_norm = blocks[0], len(blocks), isinstance(trunk.ln_pre, nn.LayerNorm)
     config = ImageTowerConfig(
         image_size=size, patch=trunk.conv1.kernel_size[0], width=trunk.conv1.out_channels, depth=depth,
         heads=first.attn.num_heads, mlp=first.mlp.c_fc.out_features, act=_activation(first.mlp.gelu),
-        norm_eps=first.ln_1.eps, pool="cls", pre_norm=isinstance(trunk.ln_pre, nn.LayerNorm),
-        patch_bias=trunk.conv1.bias is not None, proj="linear")
-    names = {"class_embedding": "cls", "positional_embedding": "cls_position position", "proj": "proj.weight"}
-    names |= _both({"conv1": "patch", "ln_pre": "pre_norm", "ln_post": "norm"})
-    names |= _blocks("transformer.resblocks", depth, {
-        "ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attention.out", "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down"})
-    for i in range(depth):
-        for kind in ("weight", "bias"):
-            joined = " ".join(f"blocks.{i}.attention.{x}.{kind}" for x in "qkv")
-            names[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = joined
-    return config, names
+        norm_eps=first.ln_1.eps, pool="cls", pre_norm=pre_norm, patch_bias=trunk.conv1.bias is not None, proj="linear")
+    return config, open_clip.image_names(pre_norm), open_clip.FORMS
 
 
-def _timm(trunk: Any, size: int) -> tuple[ImageTowerConfig, dict[str, str]]:
-    """timm's ViT with attention pooling, as open_clip uses for SigLIP: settings, and its names -> ours."""
+def _timm(trunk: Any, size: int) -> Reader:
+    """timm's ViT with attention pooling, as open_clip uses for SigLIP."""
     first, depth, patch = trunk.blocks[0], len(trunk.blocks), trunk.patch_embed.proj
     config = ImageTowerConfig(
         image_size=size, patch=patch.kernel_size[0], width=patch.out_channels, depth=depth,
         heads=first.attn.num_heads, mlp=first.mlp.fc1.out_features, act=_activation(first.mlp.act),
         norm_eps=first.norm1.eps, pool="map", pre_norm=False, patch_bias=patch.bias is not None, proj="none")
-    names = {"pos_embed": "position", "attn_pool.latent": "head.probe"}
-    names |= _both({"patch_embed.proj": "patch", "norm": "norm", "attn_pool.q": "head.attention.q",
-                    "attn_pool.kv": "head.attention.k head.attention.v", "attn_pool.proj": "head.attention.out",
-                    "attn_pool.norm": "head.norm", "attn_pool.mlp.fc1": "head.mlp.up",
-                    "attn_pool.mlp.fc2": "head.mlp.down"})
-    names |= _blocks("blocks", depth, {
-        "norm1": "norm1", "norm2": "norm2", "attn.qkv": "attention.q attention.k attention.v",
-        "attn.proj": "attention.out", "mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"})
-    return config, names
+    return config, timm.TRUNK, timm.FORMS
 
 
-READERS: tuple[tuple[tuple[str, ...], Callable[[Any, int], tuple[ImageTowerConfig, dict[str, str]]]], ...] = (
+READERS: tuple[tuple[tuple[str, ...], Callable[[Any, int], Reader]], ...] = (
     (("conv1", "class_embedding", "transformer", "ln_post", "proj"), _vision_transformer),
     (("patch_embed", "blocks", "norm", "attn_pool"), _timm),
 )

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from silc.config import ModelConfig
-from silc.data.tokenizer import Tokenizer, clip_tokenizer, load_tokenizer
+from silc.data.tokenizer import CLIP_VOCAB, Tokenizer, clip_tokenizer, load_tokenizer
 from silc.model.big_vision import from_big_vision
 from silc.model.layout import LoadReport, Place, at_size, fill
 from silc.model.open_clip import from_open_clip
@@ -299,8 +299,8 @@ def _attach_tokenizer(model: Silc, library: str, settings: dict[str, Any], folde
         return
     tokenizer = find[library](model, settings, folder)
     if isinstance(tokenizer, Tokenizer) and tokenizer.vocab > model.config.text.vocab:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab} tokens, but the model only "
-                         f"{model.config.text.vocab}; they do not belong together.")
+        raise ValueError(f"its tokenizer has {tokenizer.vocab} tokens, but the model only {model.config.text.vocab}; "
+                         "they do not belong together.")
     model.tokenizer = tokenizer
 
 
@@ -326,7 +326,7 @@ def _of_open_clip(model: Silc, settings: dict[str, Any], folder: Path) -> Tokeni
         lower = own or clean in ("lower", "canonicalize")
         pad = 0 if own else None
         return load_tokenizer(folder, text.length, text.eos_id, pad, lower, clean != "canonicalize")
-    if own:
+    if own and text.vocab >= CLIP_VOCAB:
         package = importlib.util.find_spec("open_clip")  # found, not imported
         installed = (package.submodule_search_locations or []) if package else []
         for place in (folder, *map(Path, installed)):

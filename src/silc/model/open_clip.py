@@ -1,6 +1,6 @@
 """open_clip: from its open_clip_config.json and tensors to ours, and back.
 
-Gives: from_open_clip, to_open_clip, IMAGE and FORMS (names of its own ViT).
+Gives: from_open_clip, to_open_clip; image_names and FORMS, its own ViT's.
 Used by: whoever opens weights or writes them for open_clip; adapters.py.
 """
 
@@ -112,6 +112,11 @@ def to_open_clip(model: Silc) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"model_cfg": described, "preprocess_cfg": seen}, tensors
 
 
+def image_names(pre_norm: bool) -> dict[str, str]:
+    """Names of its own ViT -> ours, which has a norm before its first block or not."""
+    return IMAGE if pre_norm else {theirs: ours for theirs, ours in IMAGE.items() if not theirs.startswith("ln_pre")}
+
+
 def layout(config: ModelConfig, prefix: str) -> Layout:
     """prefix: of the names of the text tower, which has one where it is a part of its own (CustomTextCLIP)."""
     image, depth = config.image, config.image.depth
@@ -120,8 +125,7 @@ def layout(config: ModelConfig, prefix: str) -> Layout:
         kinds = {"none": (), "linear": ("weight",), "affine": ("weight", "bias")}[image.proj]
         places |= {f"visual.head.proj.{kind}": Place([f"image.proj.{kind}"]) for kind in kinds}
     else:
-        names = IMAGE if image.pre_norm else {a: b for a, b in IMAGE.items() if not a.startswith("ln_pre")}
-        places = tower(names, depth, "visual.", "image.", FORMS)
+        places = tower(image_names(image.pre_norm), depth, "visual.", "image.", FORMS)
     linear = config.text.proj == "linear"
     words = TEXT | ({"text_projection": "proj.weight"} if linear else pairs({"text_projection": "proj"}))
     places |= tower(words, config.text.depth, prefix, "text.", FORMS)
@@ -262,9 +266,9 @@ def _timm_settings(config: ModelConfig) -> dict[str, Any]:
     plain = replace(config.image, proj="none", position_resize="bicubic-antialias")
     name = next((name for name, known in timm.TOWERS.items() if known == plain), None)
     if name is None:
-        own = f"{plain.image_size} px, patch {plain.patch}, {plain.depth} blocks of width {plain.width}, {plain.heads} heads"
+        own = f"{plain.image_size} px, patch {plain.patch}, depth {plain.depth}, width {plain.width}, mlp {plain.mlp}"
         raise ValueError("open_clip has MAP pooling in timm's SigLIP towers only, of which none is like this model's "
-                         f"({own}, mlp {plain.mlp}, {plain.act}): export it to transformers instead.")
+                         f"({own}, {plain.heads} heads, {plain.act}): export it to transformers instead.")
     vision: dict[str, Any] = {"image_size": plain.image_size, "timm_model_name": name, "timm_model_pretrained": False}
     if config.image.proj == "none":
         return vision | {"timm_pool": "map", "timm_proj": "none"}

@@ -64,7 +64,7 @@ TOWERS = {
 }
 """Registered models with attention pooling and nothing that silc lacks."""
 ARGUMENTS = {"embed_dim": "width", "depth": "depth", "num_heads": "heads", "patch_size": "patch", "act_layer": "act"}
-FIXED = {"global_pool": "map", "class_token": False}
+FIXED = {"global_pool": "map", "class_token": False, "in_chans": 3}
 WITHOUT_EFFECT = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "weight_init", "drop_rate", "pos_drop_rate"}
 WITHOUT_EFFECT |= {"patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
 CROPS = {"squash": "squash", "center": "crop"}
