@@ -186,7 +186,8 @@ def test_the_variants_of_the_file_give_the_same_model() -> None:
         for name in BLOCK:
             parts = [plain[f"{tower}/encoderblock_{i}/{name}"] for i in range(depth)]
             stacked[f"{tower}/encoderblock/{name}"] = np.stack(parts)
-    trained = {f"params/{name}": a for name, a in stacked.items()} | {"opt/count": np.array(3), "opt/img/t": np.zeros(2)}
+    trained = {f"params/{name}": a for name, a in stacked.items()}
+    trained |= {"opt/count": np.array(3), "opt/img/t": np.zeros(2)}
     ours, report = from_big_vision(trained)
     assert report.ignored == ["opt/count", "opt/img/t"] and not report.new
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), model.state_dict().values(), strict=True))
@@ -230,5 +231,5 @@ def test_what_does_not_fit_is_one_clear_error(spoil: dict[str, np.ndarray | None
 def test_what_siglip_does_not_have_is_not_exported() -> None:
     model = Silc(ModelConfig(image=ImageTowerConfig(16, 8, 8, 1, 1, 8, act="gelu"), embed_dim=8,
                              text=TextTowerConfig(vocab=8, length=4, width=8, depth=1, heads=1, mlp=8)))
-    with pytest.raises(ValueError, match="big_vision's SigLIP has image.act = gelu_tanh, not gelu"):
+    with pytest.raises(ValueError, match=r"big_vision's SigLIP has image\.act = gelu_tanh, not gelu"):
         to_big_vision(model)

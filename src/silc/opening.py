@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +207,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file.name} is damaged ({error}).") from None
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what it would say of a program, we say below
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes of it
         if "TorchScript" in str(error):
             raise ValueError(f"{file.name} is a TorchScript program, not tensors: save its state_dict() with the "

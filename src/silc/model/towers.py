@@ -85,7 +85,7 @@ class ImageTower(nn.Module):
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         x = x + resize_grid(self.position, height, width, self.config.position_resize).flatten(0, 1)
         if self.config.pool == "cls":
-            x = torch.cat([(self.cls + self.cls_position).expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([(self.cls + self.cls_position).expand(x.shape[0], 1, -1), x], dim=1)
         return self.pre_norm(x)
 
     def transform(self, x: Tensor, shapes: Shapes, blocks: list[nn.Module]) -> Tensor:
