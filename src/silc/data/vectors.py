@@ -122,7 +122,7 @@ def read(source: Path, limit: int | None) -> tuple[list[Drawing], dict[str, int]
                 thing = NAME.fullmatch(name) and not NOT_THINGS.search(name)
                 if thing and row["colour"] and not NOT_FREE.search(row["lic"]):
                     seen.setdefault((name, row["style"]), (row["svg"], row["lic"]))
-    except (OSError, ValueError, KeyError, lzma.LZMAError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError) as error:
         raise ValueError(f"{source} is no file of named drawings ({error}).") from None
     names = sorted({name for name, _ in seen}, key=lambda name: share("limit", name))
     kept = set(names[:limit])
@@ -218,6 +218,7 @@ def _write_evals(
         "zeroshot-style": pictures(_some([c.name for c in both]), True),
         "zeroshot-concepts": pictures(_some(unseen), False),
     }
+    sets = {name: rows for name, rows in sets.items() if rows}
     for name, rows in sets.items():
         write_classes(out / name, rows)
     counts = {name: len(rows) for name, rows in sets.items()} | {"retrieval-scenes": SCENES}
