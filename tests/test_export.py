@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_mapped_tower_for_open_clip(
     saved("siglip", tmp_path / "model")
     refused(capsys, ["export", str(tmp_path / "model"), "--to", "open_clip", "--out", str(tmp_path / "out")], "timm")
     assert not (tmp_path / "out").exists()
-    name, image = "vit_micro_patch8_siglip_32", model_of("siglip").config.image
+    name, image = "micro_map_tower", model_of("siglip").config.image
 
     def build(global_pool: str = "map", num_classes: int = 0, **_: Any) -> Any:
         tower = timm.models.vision_transformer.VisionTransformer(
@@ -235,6 +236,18 @@ def test_inspect_compares_with_the_library(form: str, tmp_path: Path, capsys: py
             refused(capsys, ["inspect", str(target), "--check"], "differ by more", status=1)
 
 
+def test_inspect_compares_with_open_clip(
+    open_clip: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("clip", tmp_path / "model")
+    main(["export", str(tmp_path / "model"), "--to", "open_clip", "--out", str(tmp_path / "oc"), "--no-check"])
+    main(["inspect", str(tmp_path / "oc"), "--check"])
+    said = capsys.readouterr().out
+    assert "Beside open_clip" in said and "act quick_gelu" in said
+    found = table_of(said)
+    assert max(found[name] for name in ("image", "text", "logits")) < 1e-4 and found["dense"] < 1e-3
+
+
 def test_push_uploads_only_an_export_with_a_licence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,3 +283,16 @@ def test_the_sample_is_not_square_and_the_captions_differ_in_length() -> None:
     assert picture.width > 1.4 * picture.height and np.asarray(picture).std() > 30
     assert max(map(len, CAPTIONS)) > 10 * min(map(len, CAPTIONS))
     assert not Row("x", 1, 1e-3, 1e-4).good and Row("x", 1, 1.0, None).good
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("clip", tmp_path / "model")
+    packages = {"transformers": ("transformers", "silc[hf]"), "open_clip": ("open_clip", "open_clip_torch")}
+    for to, (package, words) in (packages | {"onnx": ("onnxruntime", "silc[onnx]")}).items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            out = tmp_path / to
+            refused(capsys, ["export", str(tmp_path / "model"), "--to", to, "--out", str(out)], words)
+            assert not out.exists()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from silc.model.silc import Silc
 from silc.model.timm import TRUNK
 from silc.model.weights import to_transformers
 from silc.opening import Opened, open_model
+from silc.predict import as_image
 
 TEXTS = ["a red circle", "a much longer caption of a blue square beside a yellow triangle"]
 
@@ -271,6 +273,7 @@ def test_a_pickle_that_would_run_code_is_refused_at_every_door(
         silc.load(target)
     assert "\n" not in str(refused.value) and str(target) in str(refused.value)
     verbs = (["eval", "--sets", "zeroshot", str(tmp_path)], ["heatmap", str(tmp_path / "x.png"), "-t", "a dog"])
+    verbs += (["inspect"], ["export", "--to", "safetensors", "--out", str(tmp_path / "out")])
     for verb in (*verbs, ["interpolate", str(target), "--alpha", "0.5", "--out", str(tmp_path / "mixed")]):
         with pytest.raises(SystemExit) as stop:
             main([verb[0], str(target), *verb[1:]])
@@ -393,3 +396,15 @@ def test_an_open_clip_without_tokenizer_files_takes_the_installed_vocabulary(
     opened = open_model(tmp_path)
     assert torch.equal(opened.model.token_ids(TEXTS), open_clip.SimpleTokenizer(context_length=20)(TEXTS))
     assert opened.model.encode_text(TEXTS).shape == (2, 32)
+
+
+def test_one_channel_pictures_are_three_equal_channels_to_every_model(tmp_path: Path) -> None:
+    """8 and 16 bit, with and without alpha: the embedding is that of the picture in RGB."""
+    grey = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(np.stack([grey, np.full_like(grey, 255)], -1), "LA").save(tmp_path / "alpha.png")
+    Image.fromarray(np.repeat(grey[..., None], 3, 2)).save(tmp_path / "rgb.png")
+    names = ("rgb", "grey", "deep", "alpha")
+    seen = [as_image(tmp_path / f"{name}.png") for name in names]
+    assert all(torch.equal(seen[0], one) for one in seen[1:])

@@ -310,6 +310,16 @@ def test_every_sample_and_view_has_its_own_parameters():
     assert torch.equal(together, photometric(pixels, drawn))
 
 
+def test_grey_keeps_one_channel_pictures_grey_and_still_changes_them():
+    views = ViewsConfig(globals=2, locals=2, photometric="grey")
+    params = np.stack([draw_photometric(views, sample_rng(0, i)) for i in range(64)], 1)[:2]
+    one = torch.randint(256, (2, 64, 1, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = augmented(one.expand(-1, -1, 3, -1, -1), params, (0.5,) * 3, (0.5,) * 3)
+    assert (made - made[:, :, :1]).abs().max() < 1e-5
+    plain = (one.float() / 255 - 0.5) / 0.5
+    assert ((made - plain).abs().amax((2, 3, 4)) > 0.05).float().mean() > 0.7
+
+
 def test_autocast_does_not_coarsen_the_pixels():
     pixels, row = picture(1, 2, 3, 24, 24), params(brightness=1.1, hue=0.05, sigma=0.0)
     row = np.concatenate([row, params(sigma=1.5)], 1)

@@ -1,6 +1,6 @@
 """Two libraries, one model: the same picture and captions through both, and how far apart the answers are.
 
-Gives: Peer (another library's view of a model), compare, Row, table, sample, CAPTIONS.
+Gives: Peer (another library's view of a model), compare, Row, table, unusable, sample, CAPTIONS.
 Used by: the exports, which are refused when they differ; `silc inspect --check`.
 """
 
@@ -86,6 +86,13 @@ def _bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def unusable(library: str, install: str, error: BaseException) -> ValueError:
+    """The error for a library that cannot be imported, with what lies beneath it: often a package that does not fit."""
+    while beneath := error.__cause__ or error.__context__:
+        error = beneath
+    return ValueError(f'{library} cannot be used here ({str(error).splitlines()[0]}): {install}, or --no-check.')
 
 
 def compare(ours: Silc, peer: Peer, tolerance: float = 1e-4) -> list[Row]:

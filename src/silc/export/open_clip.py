@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from silc.data.tokenizer import Tokenizer
-from silc.export.check import Peer
+from silc.export.check import Peer, unusable
 from silc.export.transformers import write_tokenizer
 from silc.model.open_clip import to_open_clip
 from silc.model.silc import Silc
@@ -41,7 +41,7 @@ def peer(folder: Path) -> Peer:
     try:
         import open_clip
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f"open_clip is not here ({error}): pip install open_clip_torch, or --no-check.") from None
+        raise unusable("open_clip", "pip install open_clip_torch", error) from None
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from silc.config import ImageTowerConfig, PreprocessConfig, TextTowerConfig
 from silc.data.tokenizer import SentencePieces, Tokenizer
-from silc.export.check import Peer
+from silc.export.check import Peer, unusable
 from silc.model.families import ACTIVATIONS
 from silc.model.silc import Silc
 from silc.model.weights import to_transformers
@@ -129,8 +129,8 @@ def peer(folder: Path) -> Peer:
     """The model in `folder` by transformers' own classes. ValueError if transformers is missing."""
     try:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise ValueError(f'transformers is not here ({error}): pip install "silc[hf]", or --no-check.') from None
+    except (ImportError, RuntimeError) as error:
+        raise unusable("transformers", 'pip install "silc[hf]"', error) from None
     model: Any = AutoModel.from_pretrained(folder, dtype="float32", local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     length = model.config.text_config.max_position_embeddings
