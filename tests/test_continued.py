@@ -355,3 +355,21 @@ def test_a_pickle_that_would_run_code_is_refused_by_init_and_resume(
     assert not mark.exists()
     torch.load(evil, weights_only=False)  # the file does what it threatens to
     assert mark.exists()
+
+
+def test_the_page_tells_what_the_recipes_do() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "adapting.md").read_text()
+    for name in ("adapt-10k", "adapt-100k", "adapt-1m", "high-resolution"):
+        c = recipes.get(name)
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        anchor = f"{c.objective.anchor.weight:g}" if c.objective.anchor.weight else "none"
+        rate = f"{100 * c.init.image_lr:g}% of {c.optim.lr:.0e}".replace("e-0", "e-")
+        assert [cell.strip() for cell in row.split("|")[3:-1]] == [
+            f"{c.train.samples:,}", f"{c.train.batch:,}", anchor, rate]  # fmt: skip
+
+
+def test_the_plan_knows_the_model_that_a_run_begins_with(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "adapt-10k", "--init.model", str(base), "--gpu", "cpu", "--gpus", "1", "--train.images", "64"])
+    said = capsys.readouterr().out
+    assert "anchor" in said and "adapt-10k on 1 x" in said
+    refused(capsys, ["plan", "adapt-10k", "--gpus", "1"], "--init.model")

@@ -98,7 +98,7 @@ def evaluate(args: list[str]) -> None:
         """Score a model, print a table, and with --out write results.json, results.md and card.html.
 
         Args:
-            model: A run folder, an export, or a folder of transformers (CLIP, SigLIP, SigLIP 2).
+            model: Anything that silc.load opens: a run, an export, a folder or file of another library, hf:owner/name.
             suite: photographs, quickstart, paper, or a JSON file of your own; needs --data.
             data: The folder below which the sets of the suite lie.
             sets: Pairs of task and folder: `--sets zeroshot pets/ retrieval coco/`; label a task as `zeroshot/pets`.
@@ -159,7 +159,7 @@ def heatmap(args: list[str]) -> None:
         """Draw the patch-text map of a picture for each text, side by side.
 
         Args:
-            model: A run folder, an export, or a folder of transformers.
+            model: Anything that silc.load opens.
             image: A picture.
             text: What to look for: `-t "a red apple" "a dog"`.
             out: The PNG to write.

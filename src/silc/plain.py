@@ -1,6 +1,7 @@
 """Typed settings to plain data and back, strictly; JSON files; the nearest name for a misspelt one.
 
-Gives: to_dict / from_dict (an unknown key names its nearest match), read_json, save_json, load_json, nearest.
+Gives: to_dict / from_dict (an unknown key names its nearest match), read_json, save_json, load_json; nearest and
+beneath, for messages.
 Used by: everyone who reads or writes settings.
 """
 
@@ -24,6 +25,13 @@ def nearest(word: str, options: Iterable[str]) -> str:
     options = sorted(options)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     return f" Perhaps you meant {close[0]!r}." if close else f" There are: {', '.join(options)}."
+
+
+def beneath(error: BaseException) -> str:
+    """The first line of what an error began with: why a package cannot be imported is seldom said by the last one."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from silc.data.images import decode, normalise, preprocess
 from silc.eval.embed import evaluating
 from silc.model.silc import Silc
+from silc.plain import beneath
 
 CAPTIONS = (
     "a boat",
@@ -89,10 +90,8 @@ def _bytes(picture: Image.Image) -> bytes:
 
 
 def unusable(library: str, install: str, error: BaseException) -> ValueError:
-    """The error for a library that cannot be imported, with what lies beneath it: often a package that does not fit."""
-    while beneath := error.__cause__ or error.__context__:
-        error = beneath
-    return ValueError(f'{library} cannot be used here ({str(error).splitlines()[0]}): {install}, or --no-check.')
+    """The error for a library that cannot be imported."""
+    return ValueError(f"{library} cannot be used here ({beneath(error)}): {install}, or --no-check.")
 
 
 def compare(ours: Silc, peer: Peer, tolerance: float = 1e-4) -> list[Row]:

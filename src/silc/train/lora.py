@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from silc.model.silc import Silc
+from silc.plain import beneath
 
 TARGETS = r"blocks\.\d+\.attention\.(q|v)"
 
@@ -19,8 +20,8 @@ def add(model: Silc, rank: int) -> None:
     Their product counts once (alpha = rank). ValueError when peft is missing."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ValueError('--init.lora needs its package: pip install "silc[lora]"') from None
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f'--init.lora needs peft ({beneath(error)}): pip install "silc[lora]"') from None
     for tower in (model.image, model.text):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), tower)
 
