@@ -111,6 +111,31 @@ class ModelConfig:
     """Initial logit bias of the sigmoid loss; None for softmax, which has no bias."""
 
 
+@dataclass(frozen=True)
+class CatSegConfig:
+    """The CAT-Seg head (arXiv 2303.11797, CVPR 2024 version), without what the tower decides: grid and widths."""
+
+    width: int = 128
+    """Width of the cost embedding, and of both projected guidances."""
+    layers: int = 2
+    """Aggregation layers, each spatial (two windowed blocks) then over classes."""
+    heads: int = 4
+    """Attention heads of both."""
+    window: int = 12
+    """Side of the attention windows in patches; a grid that it does not divide takes its next smaller divisor, or,
+    having none, is one window."""
+    classes: int = 256
+    """Fewer classes are padded to so many; of more, those with the highest cost anywhere are kept."""
+    pool: int = 2
+    """Side of the cells over which positions are averaged for the attention over classes, in training."""
+    decoder: tuple[int, int] = (64, 32)
+    """Widths of the two upsampling stages."""
+    guides: tuple[int, int] = (256, 128)
+    """Widths of the two inner maps of the tower once enlarged twice and four times."""
+    guide_widths: tuple[int, int] = (32, 16)
+    """What these are projected to before they join the decoder."""
+
+
 # ---------------------------------------------------------------- training
 
 
