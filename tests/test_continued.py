@@ -54,7 +54,7 @@ def adapt(pairs: Path, base: Path | str, out: Path, *options: str) -> list[str]:
     small = ["--objective.prototypes.count", "64", "--objective.prototypes.hidden", "32"]
     small += ["--objective.prototypes.bottleneck", "16", "--train.batch", "16", "--train.samples", "320"]
     small += ["--train.log-every", "1", "--train.save-every", "5", "--views.locals", "2", "--data.workers", "0"]
-    small += ["--eval.every", "0"]
+    small += ["--eval.every", "0", "--train.threads", "1"]
     return ["train", "adapt-10k", "--init.model", str(base), "--data.sources", str(pairs), "--out", str(out), *small,
             *options]  # fmt: skip
 
