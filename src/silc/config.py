@@ -99,26 +99,13 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
-    text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    embed_dim: int = 768
-    """Width of the space that pictures and texts share."""
-    scale_init: float = 10.0
-    """Initial inverse temperature exp(logit_scale): 10 for the sigmoid loss, 1/0.07 for softmax."""
-    bias_init: float | None = -10.0
-    """Initial logit bias of the sigmoid loss; None for softmax, which has no bias."""
-
-
-@dataclass(frozen=True)
 class CatSegConfig:
     """The CAT-Seg head (arXiv 2303.11797, CVPR 2024 version), without what the tower decides: grid and widths."""
 
     width: int = 128
     """Width of the cost embedding, and of both projected guidances."""
     layers: int = 2
-    """Aggregation layers, each spatial (two windowed blocks) then over classes."""
+    """Aggregation layers, each spatial (two windowed blocks) then over classes; 0: the model has no such head."""
     heads: int = 4
     """Attention heads of both."""
     window: int = 12
@@ -134,6 +121,21 @@ class CatSegConfig:
     """Widths of the two inner maps of the tower once enlarged twice and four times."""
     guide_widths: tuple[int, int] = (32, 16)
     """What these are projected to before they join the decoder."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    embed_dim: int = 768
+    """Width of the space that pictures and texts share."""
+    scale_init: float = 10.0
+    """Initial inverse temperature exp(logit_scale): 10 for the sigmoid loss, 1/0.07 for softmax."""
+    bias_init: float | None = -10.0
+    """Initial logit bias of the sigmoid loss; None for softmax, which has no bias."""
+    catseg: CatSegConfig = field(default_factory=lambda: CatSegConfig(layers=0))
+    """The head for open-vocabulary segmentation, where there is one."""
 
 
 # ---------------------------------------------------------------- training
@@ -217,9 +219,10 @@ class ViewsConfig:
     """Area of the crop as a share of the picture."""
     flip: bool = True
     """Mirror half of the views; off where captions say left and right."""
-    photometric: Literal["none", "dino", "grey"] = "none"
+    photometric: Literal["none", "dino", "grey", "ssd"] = "none"
     """`dino`: colour jitter, grey, blur and solarise with the published probabilities; `grey`: of these what a
-    one-channel picture can bear, brightness, contrast and blur."""
+    one-channel picture can bear, brightness, contrast and blur; `ssd`: colours alone, stronger, each in half of the
+    views."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,21 @@ class InitConfig:
     """The same of the text tower and the temperature."""
     lora: int = 0
     """Rank of LoRA adapters on q and v of both towers, which then stay as they are; 0: none. Needs silc[lora]."""
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Training for segmentation, which a model with a CAT-Seg head (--model.catseg.layers) gets. --data.sources are
+    then sets of pictures with masks."""
+
+    split: str = "train"
+    """Of the sets that have splits."""
+    prompt: str = "A photo of a {} in the scene"
+    """What is said of every class."""
+    tune: Literal["qv", "none", "all"] = "qv"
+    """Weights of the towers that train beside the head: queries and values of every block, nothing, or everything."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """A crop's side is that of the picture's short one divided by a factor in this range, which begins at 1."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +379,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,7 +1,7 @@
 """Batches: positions of the stream, decoded and cut by worker processes, joined and tokenised.
 
-Gives: `batches`, `beside`, `BadCount`.
-Used by: train/loop, benchmarks.
+Gives: `batches`, `streamed`, `beside`, `BadCount`.
+Used by: train/loop, data/masked, benchmarks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AHEAD = 2
 """Batches in the making at any time."""
 MAX_FLYING = 256
 """Chunks in the making at any time: each holds up to three file descriptors, of which a process may have 1,024."""
-CROP_AXIS = {"image": 0, "globals": 1, "locals": 1, "photo": 1}
+CROP_AXIS = {"image": 0, "globals": 1, "locals": 1, "photo": 1, "labels": 0}
 """Which axis of a chunk's arrays is the batch."""
 CPU = torch.device("cpu")
 
@@ -137,6 +137,21 @@ def batches(
     Close the iterator (`.close()`) to end its workers. ValueError if `world` does not divide the batch, if shared
     memory is too small, or, while iterating, from the sources.
     """
+    damage = mixture.damage if start_step == rank == 0 else []
+    return streamed(config, Chunks(config, mixture), tokenizer, start_step, rank, world, device, damage)
+
+
+def streamed(
+    config: Config,
+    chunks: Dataset[Batch],
+    tokenizer: Callable[[list[str]], Tensor],
+    start_step: int,
+    rank: int,
+    world: int,
+    device: torch.device = CPU,
+    damage: Sequence[Bad] = (),
+) -> Generator[Batch, None, None]:
+    """`batches` of any dataset whose items are stretches [first, last) of a stream, as those of `Chunks` are."""
     batch, workers = config.train.batch, config.data.workers
     if batch % world:
         raise ValueError(f"train: a batch of {batch} cannot be shared among {world} processes; make it a multiple.")
@@ -145,9 +160,8 @@ def batches(
     starts = (step * batch + rank * share for step in itertools.count(start_step))
     spans = ((at, min(at + chunk, first + share)) for first in starts for at in range(first, first + share, chunk))
     pieces = math.ceil(share / chunk)
-    damage = mixture.damage if start_step == rank == 0 else []
-    loader, closing = _loader(Chunks(config, mixture), spans, workers, chunk, pieces)
-    return _joined(loader, closing, pieces, tokenizer, damage, device)
+    loader, closing = _loader(config, chunks, spans, chunk, pieces)
+    return _joined(loader, closing, pieces, tokenizer, list(damage), device)
 
 
 def beside(pairs: Generator[Batch, None, None], pictures: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
@@ -165,16 +179,17 @@ def beside(pairs: Generator[Batch, None, None], pictures: Generator[Batch, None,
 
 
 def _loader(
-    chunks: Chunks, spans: Iterable[tuple[int, int]], workers: int, chunk: int, pieces: int
+    config: Config, chunks: Dataset[Batch], spans: Iterable[tuple[int, int]], chunk: int, pieces: int
 ) -> tuple[DataLoader[Batch], Any]:
     options: dict[str, Any] = {}
+    workers = config.data.workers
     # Forked workers share the packed tables of the sources, start at once, and need no guarded main module; with one
     # thread each they never enter a pool of threads that the fork did not copy, nor touch the GPU. Elsewhere than on
     # Linux forking is unsafe in the system's own libraries.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     closing = context.RawValue("b", 0)
     if workers:
-        flying = min(MAX_FLYING, AHEAD * pieces, _room(chunks.config, chunk, workers))
+        flying = min(MAX_FLYING, AHEAD * pieces, _room(config, chunk, workers))
         options = {
             "multiprocessing_context": context,
             "prefetch_factor": max(1, flying // workers),
@@ -287,10 +302,10 @@ def _join(chunks: Sequence[Batch], tokenizer: Callable[[list[str]], Tensor], pin
             continue
         shape = list(arrays[0].shape)
         shape[axis] = sum(array.shape[axis] for array in arrays)
-        whole = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        whole = torch.empty(shape, dtype=torch.int16 if name == "labels" else torch.uint8, pin_memory=pinned)
         # NumPy's copy stays on one thread; PyTorch's would start a second pool of threads beside the training's.
         np.concatenate(arrays, axis, out=whole.numpy())
-        joined[name] = whole.movedim(-1, -3)
+        joined[name] = whole if name == "labels" else whole.movedim(-1, -3)
     captions, ids, bad = (list(itertools.chain(*(c[name] for c in chunks))) for name in ("captions", "ids", "bad"))
     tokens = tokenizer(captions)
     return {**joined, "tokens": tokens.pin_memory() if pinned else tokens, "ids": ids, "bad": bad}

@@ -29,6 +29,8 @@ PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "grey", "sigma", "
 """Columns of the photometric parameters; (1, 1, 1, 0, 0, 0, 0) changes nothing. Hue is in turns, sigma in pixels."""
 JITTER = (0.4, 0.4, 0.2, 0.1)
 """Half-widths of the uniform draws of brightness, contrast, saturation (about 1) and hue (about 0)."""
+SSD = (0.25, 0.5, 0.5, 0.05)
+"""The same of `ssd`."""
 P_JITTER, P_GREY, P_SOLARISE = 0.8, 0.2, 0.2
 P_BLUR = (1.0, 0.1, 0.5)
 """Of the first global view, of the other global views, of local views (and of a global view that is the only one)."""
@@ -136,7 +138,8 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
 
     DINO's list with its published probabilities: jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grey 0.2, blur of sigma
     0.1-2 with p 1.0 / 0.1 / 0.5 on the first global, other global and local views, solarise 0.2 on the other global
-    views. A single global view is blurred with p 0.5 and never solarised. Of `grey`, saturation, hue and solarise stay
+    views. A single global view is blurred with p 0.5 and never solarised. `ssd`: contrast and saturation 0.5 to 1.5,
+    hue +-18 degrees and brightness +-25% (SSD adds up to 32 of 255), each with p 0.5, and nothing else. Of `grey`, saturation, hue and solarise stay
     as they are, so that the three channels of a one-channel picture stay equal.
     """
     count = views.globals + views.locals
@@ -149,6 +152,9 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
     u = rng.random((count, 9))
     jitter = (u[:, :4] * 2 - 1) * JITTER * (u[:, 4:5] < P_JITTER) + (1, 1, 1, 0)
     sigma = (SIGMA[0] + (SIGMA[1] - SIGMA[0]) * u[:, 5]) * (u[:, 6] < p_blur)
+    if views.photometric == "ssd":
+        chosen = (u[:, :4] * 2 - 1) * SSD * (u[:, 4:8] < 0.5) + (1, 1, 1, 0)
+        return np.column_stack([chosen, np.zeros((count, 3))]).astype(np.float32)
     if views.photometric == "grey":
         jitter[:, 2:] = 1, 0
         p_solarise[:] = 0

@@ -7,6 +7,9 @@ Used by: open-vocabulary segmentation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from silc.config import CatSegConfig
 
 UNSEEN = -100.0
 """Logit of classes that were left out because there are too many."""
+CLASSES, ROWS = 16, 4
+"""Classes, and rows of patches, that inference works on at a time: what a core's cache holds."""
 
 
 class Guided(nn.Linear):
@@ -127,6 +132,19 @@ class ClassBlock(nn.Module):
         return mixed.flatten(-2).to(v.dtype)
 
 
+def some_at_once(how: Callable[[Tensor], Tensor], x: Tensor, axis: int, size: int) -> Tensor:
+    """`how(x)`, where no gradient is wanted computed for `size` entries of an axis at a time, which must not matter."""
+    if torch.is_grad_enabled() or x.shape[axis] <= size:
+        return how(x)
+    return torch.cat([how(part) for part in x.split(size, axis)], axis)
+
+
+def _chain(blocks: list[nn.Module], x: Tensor, guidance: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x, guidance)
+    return x
+
+
 def _resized(x: Tensor, size: object, how: object) -> Tensor:
     """A function of [rows, C, h, w] applied to [B, T, h, w, C]."""
     planes = x.flatten(0, 1).permute(0, 3, 1, 2)
@@ -185,8 +203,9 @@ class CatSeg(nn.Module):
         dense [B, D, h, w]: patches in the space of the text. text [T, D] or [B, T, D]. inner: outputs of two blocks of
         the tower, [B, W, h, w] each, the earlier first; enlarged twice and four times, they guide the decoder.
         """
-        text = F.normalize(text.expand(len(dense), -1, -1) if text.dim() == 2 else text, dim=-1)
-        cost = torch.einsum("bdhw,btd->bthw", F.normalize(dense, dim=1), text)
+        text = F.normalize((text.expand(len(dense), -1, -1) if text.dim() == 2 else text).float(), dim=-1)
+        with torch.autocast(dense.device.type, enabled=False):  # classes differ by less than bf16 can tell
+            cost = torch.einsum("bdhw,btd->bthw", F.normalize(dense.float(), dim=1), text)
         kept = None
         if text.shape[1] > self.config.classes:
             kept = cost.flatten(2).amax(2).topk(self.config.classes, sorted=False).indices
@@ -201,19 +220,24 @@ class CatSeg(nn.Module):
 
     def aggregate(self, cost: Tensor, dense: Tensor, text: Tensor) -> Tensor:
         """cost [B, T, h, w] -> [B, T, h, w, C]."""
+        pooled = self.training and self.config.pool > 1
         x = self.embed(cost.flatten(0, 1)[:, None]).permute(0, 2, 3, 1).unflatten(0, cost.shape[:2])
         picture = F.relu(self.picture(dense)).permute(0, 2, 3, 1)
         words = F.relu(self.text(text))
         for norm, blocks, over_classes in zip(self.picture_norms, self.spatial, self.over_classes):
             guidance = norm(picture)
-            for block in blocks:  # type: ignore[attr-defined]
-                x = block(x, guidance)
-            x = over_classes(x, words)
+            x = some_at_once(partial(_chain, list(blocks), guidance=guidance), x, 1, CLASSES)  # type: ignore[call-overload]
+            x = some_at_once(partial(over_classes, text=words), x, 2, x.shape[2] if pooled else ROWS)
         return x
 
     def masks(self, x: Tensor, inner: tuple[Tensor, Tensor]) -> Tensor:
         """[B, T, h, w, C] -> [B, T, 4h, 4w]."""
-        planes = x.flatten(0, 1).permute(0, 3, 1, 2)
-        for stage, enlarge, project, found in zip(self.stages, self.finer, self.guides, inner):
-            planes = stage(planes, F.relu(project(enlarge(found))))
-        return self.head(planes)[:, 0].unflatten(0, x.shape[:2])
+        guides = [F.relu(project(enlarge(found))) for enlarge, project, found in zip(self.finer, self.guides, inner)]
+
+        def decoded(x: Tensor) -> Tensor:
+            planes = x.flatten(0, 1).permute(0, 3, 1, 2)
+            for stage, guide in zip(self.stages, guides):
+                planes = stage(planes, guide)
+            return self.head(planes)[:, 0].unflatten(0, x.shape[:2])
+
+        return some_at_once(decoded, x, 1, CLASSES)

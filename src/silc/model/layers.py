@@ -130,6 +130,12 @@ class Block(nn.Module):
         x = x + self.attention.value_path(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
+    def value_beside(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """The same with the class token, the first of each picture, as the residual of all its tokens (CAT-Seg)."""
+        values = unpack(self.attention.value_path(self.norm1(x)), shapes)
+        x = torch.cat([(v + own[:, :1]).flatten(0, 1) for v, own in zip(values, unpack(x, shapes))])
+        return x + self.mlp(self.norm2(x))
+
     def correlative(self, x: Tensor, shapes: Shapes) -> Tensor:
         """The block with attention softmax(q q^T) + softmax(k k^T), residual and MLP kept (SCLIP, arXiv 2312.01597)."""
         x = x + self.attention.self_similar(self.norm1(x), shapes, keys=True)

@@ -1,6 +1,6 @@
 """Silc: an image tower and a text tower in one space, with a temperature.
 
-Gives: Silc (encode_image, encode_text, encode_dense, patch_text_map, save, open).
+Gives: Silc (encode_image, encode_text, encode_dense, patch_text_map, segment, save, open).
 Used by: everyone who holds a model; training reaches the towers through it.
 """
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from silc.config import ModelConfig
+from silc.model.catseg import CatSeg
 from silc.model.towers import ImageTower, Readout, TextTower
 from silc.plain import from_dict, to_dict
 
@@ -41,6 +42,9 @@ class Silc(nn.Module):
         self.logit_bias: nn.Parameter | None
         bias = None if config.bias_init is None else nn.Parameter(torch.full((1,), config.bias_init))
         self.register_parameter("logit_bias", bias)
+        c = config
+        has_head = c.catseg.layers > 0
+        self.catseg = CatSeg(c.catseg, c.embed_dim, c.image.width, c.image.grid) if has_head else None
         self.tokenizer: Callable[[list[str]], Tensor] | None = None
 
     @property
@@ -92,6 +96,15 @@ class Silc(nn.Module):
         """Cosine of every pixel with every text: [B, 3, H, W] and T texts -> [B, T, H, W], bilinear between patches."""
         maps = torch.einsum("bdhw,td->bthw", self.encode_dense(pixels, readout), self.encode_text(texts))
         return F.interpolate(maps, pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+    def segment(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Logits [B, T, 4h, 4w] of T classes from the CAT-Seg head: [B, 3, S, S] of the model's own size, text [T, D].
+
+        Each is a class's own (a sigmoid, not a softmax). ValueError for a model without such a head."""
+        if self.catseg is None:
+            raise ValueError("this model has no head for segmentation: train one with `silc train catseg`.")
+        dense, inner = self.image.dense_and_inner(pixels, "catseg")
+        return self.catseg(dense, text, inner)
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
         """Scaled (and, for sigmoid models, shifted) similarities [B, T] of unit-length embeddings."""

@@ -1,11 +1,12 @@
 """The two towers: a ViT over several resolutions at once, and a text transformer.
 
-Gives: ImageTower (pooled and patch tokens of every crop size in one call, dense read-outs), TextTower.
+Gives: ImageTower (pooled and patch tokens of every crop size in one call, dense read-outs, inner maps), TextTower.
 Used by: silc.py, which puts them in one space; train/pretrain.py calls them through it.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,7 +18,7 @@ from silc.config import ImageTowerConfig, TextTowerConfig
 from silc.model.layers import Block, MapHead, Shapes, pack, resize_grid, unpack
 from silc.plain import nearest
 
-Readout = Literal["auto", "tokens", "value", "sclip", "clearclip"]
+Readout = Literal["auto", "tokens", "value", "sclip", "clearclip", "catseg"]
 """Ways to read patches; see `ImageTower.dense`."""
 
 
@@ -127,30 +128,43 @@ class ImageTower(nn.Module):
         `value`      each token attends to itself alone, residual and MLP kept (MaskCLIP, arXiv 2112.01071; TIPS).
         `sclip`      attention softmax(q q^T) + softmax(k k^T), residual and MLP kept (arXiv 2312.01597).
         `clearclip`  attention softmax(q q^T), no residual, no MLP (arXiv 2407.12442).
+        `catseg`     for CLS pooling, as `value`, but the CLS token is the residual of every patch (arXiv 2303.11797); for
+                     other pooling, where there is none, `tokens`.
         `auto`       `value` for CLS pooling, whose patch tokens are not trained to be read directly, else `tokens`.
         A CLS token takes part in the attention, as in those papers. Then the last norm, and what pooling does after
         attention: for a MAP head value, output projection and MLP (the head with attention one-hot on the patch), else
         nothing; last the projection. The papers have CLS towers only: for MAP and mean pooling the same change of the
         last block is ours. ValueError for an unknown name.
         """
+        return self.dense_and_inner(pixels, readout)[0]
+
+    def dense_and_inner(self, pixels: Tensor, readout: Readout = "auto") -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `dense`, and what patches were after a third and two thirds of the blocks (4 and 8 of 12): [B, D, h, w]."""
         if readout not in get_args(Readout):
             raise ValueError(f"there is no dense read-out {readout!r}." + nearest(readout, get_args(Readout)))
-        if readout == "auto":
-            readout = "value" if self.config.pool == "cls" else "tokens"
+        has_cls, readouts = self.config.pool == "cls", {"auto": "value", "catseg": "catseg"}
+        if readout in readouts:
+            readout = readouts[readout] if has_cls else "tokens"  # type: ignore[assignment]
         x, shapes = pack([self.embed(pixels)])
-        blocks = list(self.blocks)
-        x = self.transform(x, shapes, blocks if readout == "tokens" else blocks[:-1])
-        if readout == "value":
+        blocks, inner = list(self.blocks), []
+        h, w = pixels.shape[-2] // self.config.patch, pixels.shape[-1] // self.config.patch
+        third = max(1, len(blocks) // 3)
+        stops = [0, third, min(2 * third, len(blocks)), len(blocks) if readout == "tokens" else len(blocks) - 1]
+        for first, last in itertools.pairwise(stops):
+            x = self.transform(x, shapes, blocks[first:last])
+            inner.append(unpack(x, shapes)[0][:, int(has_cls) :].transpose(1, 2).unflatten(2, (h, w)))
+        if readout == "catseg":
+            x = blocks[-1].value_beside(x, shapes)  # type: ignore[operator]
+        elif readout == "value":
             x = blocks[-1].value_path(x)  # type: ignore[operator]
         elif readout == "sclip":
             x = blocks[-1].correlative(x, shapes)  # type: ignore[operator]
         elif readout == "clearclip":
             x = blocks[-1].attention_alone(x, shapes)  # type: ignore[operator]
         x = unpack(self.norm(x), shapes)[0]
-        x = x[:, 1:] if self.config.pool == "cls" else x
+        x = x[:, 1:] if has_cls else x
         x = self.proj(self.head.per_patch(x) if self.config.pool == "map" else x)
-        h, w = pixels.shape[-2] // self.config.patch, pixels.shape[-1] // self.config.patch
-        return x.transpose(1, 2).unflatten(2, (h, w))
+        return x.transpose(1, 2).unflatten(2, (h, w)), (inner[0], inner[1])
 
 
 class TextTower(nn.Module):
