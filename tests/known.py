@@ -1,6 +1,6 @@
 """Models whose score is known: one that is perfect by construction, one that says nothing, one that is arbitrary.
 
-Gives: COLOURS, NAMES, Oracle, Mute, Arbitrary, save, solid, write_splits.
+Gives: COLOURS, NAMES, Oracle, Headed, Mute, Arbitrary, save, solid, write_splits.
 Used by: the tests of evaluation.
 """
 
@@ -49,6 +49,16 @@ class Oracle(nn.Module):
         found = [[i for i, name in enumerate(NAMES) if name in text.replace(".", "").split()] for text in texts]
         blank = torch.full((8,), 8**-0.5)
         return torch.stack([F.one_hot(torch.tensor(f[0]), 8).float() if f else blank for f in found])
+
+
+class Headed(Oracle):
+    """With a head for segmentation, which is sure of what it sees."""
+
+    catseg = True
+
+    def segment(self, pixels: Tensor, text: Tensor) -> Tensor:
+        cosines = torch.einsum("bdhw,td->bthw", self.encode_dense(pixels, "catseg"), text)
+        return F.interpolate(20 * cosines - 10, scale_factor=4)
 
 
 class Mute(Oracle):

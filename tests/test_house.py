@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "plain", "losses", "eval.metrics"},
     {"model", "data", "parallel"},
     {"train.optim", "train.checkpoint", "train.guard", "train.log", "train.lora", "eval.embed", "eval.prompts"}
-    | {"eval.protocols", "eval.linear", "eval.suites"},
+    | {"eval.protocols", "eval.linear", "eval.suites", "eval.trained"},
     {"train.pretrain", "train.student", "train.segment", "predict", "opening", "adapters", "export", "eval.run"}
     | {"eval"},
     {"train.loop", "train.prepare", "recipes", "plan", "doctor", "app", "bridges"},

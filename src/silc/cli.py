@@ -37,7 +37,7 @@ def train(args: list[str]) -> None:
         print("recipes:\n" + _table(recipes.names()))
         print("\n`silc train RECIPE --help` lists every setting with its value in that recipe.")
         return
-    name, rest = args[0], args[1:]
+    name, rest = args[0].removeprefix("recipe="), args[1:]
     config = tyro.cli(Config, default=_base(name), args=rest, prog=f"silc train {name}", description=_about(name))
     from silc.train.loop import train as run
 
@@ -251,6 +251,42 @@ def push(args: list[str]) -> None:
     tyro.cli(run, args=args, prog="silc push")
 
 
+def segment(args: list[str]) -> None:
+    """Say which of some classes every pixel of a picture, a folder or a video belongs to."""
+
+    def run(
+        source: tyro.conf.Positional[Path],
+        classes: tyro.conf.Positional[str],
+        model: str,
+        out: Path = Path("segmented"),
+        how: str = "auto",
+        background: float | None = None,
+        arrays: bool = False,
+        every: int = 1,
+        device: str = "auto",
+    ) -> None:
+        """Write, for every picture, an overlay with legend, a label map (PNG with palette), and scores by class (JSON).
+
+        Args:
+            source: A picture, a folder of pictures, an animation, or a video (needs silc[video]).
+            classes: What to look for, in your own words, with commas: "road, car, tree".
+            model: Anything that silc.load opens; one with a CAT-Seg head uses it, any other goes without training.
+            out: Folder for NAME.png, NAME.labels.png and NAME.json.
+            how: The protocol; auto: catseg for a model with a head, else whole-image. Also tcl, tips, maskclip, ...
+            background: Pixels whose best score (0 to 1) is lower belong to no class, and are black.
+            arrays: Write all scores too, NAME.npy: float16 [classes, height, width].
+            every: Of an animation or video, each so-manieth frame.
+            device: auto, cpu, cuda or cuda:1.
+        """
+        from silc.app.segmenting import segment as write
+
+        labels = [label.strip() for label in classes.split(",") if label.strip()]
+        done = write(model, source, labels, out, how, background, arrays, every, device)
+        print(f"wrote {done} picture{'s' * (done != 1)} to {out}: NAME.png (overlay), NAME.labels.png, NAME.json")
+
+    tyro.cli(run, args=args, prog="silc segment")
+
+
 def interpolate(args: list[str]) -> None:
     """Go part of the way from a model to what was trained from it (WiSE-FT), and see what each part costs."""
 
@@ -303,6 +339,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "compare": compare,
     "heatmap": heatmap,
+    "segment": segment,
     "interpolate": interpolate,
     "export": export,
     "inspect": inspect,

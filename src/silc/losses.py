@@ -3,8 +3,9 @@
 No matrix of logits is ever kept: each is made tile by tile, and the gradient is made from the tile while it is there.
 That costs the softmax form one more product a tile, which is quicker than writing the matrix and reading it back.
 
-Gives: sigmoid_contrastive, softmax_contrastive, anchor, distill, Target, Distilled.
-Used by: train/pretrain.py; several processes only change the arguments (gathered rows and an offset), never the code.
+Gives: sigmoid_contrastive, softmax_contrastive, anchor, distill, Target, Distilled, per_pixel.
+Used by: train/pretrain.py, train/segment.py. Several processes only change the arguments (gathered rows and an
+offset), never the code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # Shapes: B local batch, M global batch (M = B in one process), D shared space, K prototypes, d their width,
 # S/T student/teacher views.
@@ -25,6 +27,8 @@ SIDE = 1024
 """Rows and columns of a contrastive tile: 4 MiB, which stays in a core's cache."""
 BLOCK = 2**26
 """Bytes of prototype logits in the making at any time: enough rows for the matrix products to run at full speed."""
+PLANES = 2**23
+"""Numbers of enlarged segmentation logits that exist at a time."""
 CACHED = 2**20
 """Of these, how many a CPU softmaxes at once, so that they stay in its cache; a GPU takes the whole block."""
 
@@ -323,3 +327,31 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, fresh: bool
 @functools.cache
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compile(function, dynamic=False)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@fp32
+def per_pixel(logits: Tensor, labels: Tensor) -> Tensor:
+    """CAT-Seg's loss (arXiv 2303.11797): every class at every pixel is its own yes/no question.
+
+    logits [B, T, h, w] are enlarged to the labels [B, H, W], bilinear; a pixel without a class (a label below 0) is
+    none of them, and counts. The mean over B, T, H and W of -log sigmoid(+-logit), a few classes at a time: enlarged
+    logits of all classes never exist.
+    """
+    count = logits.shape[1] * labels.numel()
+    some = max(1, PLANES // labels.numel())
+    total = logits.new_zeros((), dtype=torch.float32)
+    for first in range(0, logits.shape[1], some):
+        part = logits[:, first : first + some].float()
+        total = total + checkpoint(_yes_or_no, part, labels - first, use_reentrant=False)
+    return total / count
+
+
+def _yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the pixels of these classes; `labels` count from the first of them."""
+    large = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    inside = (labels >= 0) & (labels < large.shape[1])
+    own = large.gather(1, labels.clamp(0, large.shape[1] - 1)[:, None])[:, 0]
+    return F.softplus(large).sum() - torch.where(inside, own, 0.0).sum()

@@ -27,6 +27,7 @@ from torch import Tensor
 from silc.config import ModelConfig
 from silc.data.tokenizer import CLIP_VOCAB, Tokenizer, clip_tokenizer, load_tokenizer
 from silc.model.big_vision import from_big_vision
+from silc.model.detectron2 import from_catseg, is_catseg
 from silc.model.layout import LoadReport, Place, at_size, fill
 from silc.model.open_clip import from_open_clip
 from silc.model.silc import CONFIG_NAME, WEIGHTS_NAME, Silc
@@ -50,7 +51,7 @@ class Opened:
     model: Silc
     report: LoadReport
     library: str
-    """silc, transformers, open_clip, timm or big_vision."""
+    """silc, transformers, open_clip, timm, big_vision or catseg."""
     path: Path
     licence: str | None
     """As the model card beside the weights states it."""
@@ -142,11 +143,7 @@ def _described(path: Path) -> tuple[Path, dict[str, Any], Path]:
     for name in (path.with_suffix(".json").name, CONFIG_NAME, OPEN_CLIP_CONFIG):
         if (path.parent / name).is_file():
             return path.parent, read_json(path.parent / name), path
-    raise ValueError(
-        "it holds tensors, which do not tell activation, heads, mean and std: put the settings beside it, as "
-        f"{path.stem}.json or {CONFIG_NAME} (silc's, transformers' or timm's config) or {OPEN_CLIP_CONFIG} "
-        '({"model_cfg": ..., "preprocess_cfg": ...}).'
-    )
+    return path.parent, {}, path
 
 
 def _folder_of_model(path: Path) -> Path:
@@ -261,6 +258,16 @@ def _built(
     tensors = read_tensors(source)
     if any(name.startswith("task.") for name in tensors):
         raise ValueError(f"{source.name} holds heads and teacher for going on with: give the folder that it lies in.")
+    if is_catseg(tensors):
+        if image_size is not None:
+            raise ValueError("its head is built for one size of picture, which cannot be changed.")
+        return *from_catseg(tensors, minimum), "catseg"
+    if not settings:
+        raise ValueError(
+            "it holds tensors, which do not tell activation, heads, mean and std: put the settings beside it, as "
+            f"{source.stem}.json or {CONFIG_NAME} (silc's, transformers' or timm's config) or {OPEN_CLIP_CONFIG} "
+            '({"model_cfg": ..., "preprocess_cfg": ...}).'
+        )
     if "model_type" in settings:
         stated = folder / "preprocessor_config.json"
         seen = read_json(stated) if stated.is_file() else None
@@ -295,7 +302,8 @@ def _silc(settings: dict[str, Any], source: Path, folder: Path, image_size: int 
 
 
 def _attach_tokenizer(model: Silc, library: str, settings: dict[str, Any], folder: Path) -> None:
-    find = {"silc": _own, "transformers": _of_transformers, "open_clip": _of_open_clip, "big_vision": _of_big_vision}
+    find = {"silc": _own, "transformers": _of_transformers, "open_clip": _of_open_clip, "catseg": _of_open_clip}
+    find |= {"big_vision": _of_big_vision}
     if library == "timm":
         model.tokenizer = NoTokenizer(f"{folder} holds an image tower only: it has no embeddings of texts.")
         return

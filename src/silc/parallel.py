@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: the longest that one may work alone (an index of shards, an export). A
 process that died is noticed at once, by its closed connection or by torchrun; this ends a run whose process hangs."""
+READOUTS = ("value_path", "value_beside", "correlative", "attention_alone")
+"""Methods of a block by which dense read-outs call it."""
 BUCKET = 64 * 2**20
 """Bytes of gradients averaged in one call: few enough calls that their latency vanishes, little enough extra memory."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -232,11 +234,15 @@ def distribute(
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)  # machines of different kinds may round the initial weights differently
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     # the root reshards too: a forward-only module (the teacher) would otherwise keep stale whole weights
     for part in [*blocks, module]:
         fully_shard(part, mesh=world.mesh, reshard_after_forward=True)
+    for part in blocks:
+        for name in READOUTS:  # a block that is called by another name must gather its weights, too
+            if isinstance(part, FSDPModule) and hasattr(part, name):
+                register_fsdp_forward_method(part, name)
 
 
 @torch.no_grad()

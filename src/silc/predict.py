@@ -1,6 +1,6 @@
 """A picture and words in; labels, similarity maps and label maps out.
 
-Gives: Predictor (classify, heatmap, segment), as_image.
+Gives: Predictor (classify, heatmap, segment, scores), as_image.
 Used by: the command line, app/*, anyone in Python.
 """
 
@@ -32,6 +32,7 @@ from silc.eval.protocols import (
     probability_scale,
     protocol,
 )
+from silc.eval.trained import at_size, best, look, scores
 from silc.model.silc import Silc
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -120,7 +121,9 @@ class Predictor:
         """
         names = _texts(texts, "text")
         vectors = class_embeddings(self.model, [[name] for name in names], templates).vectors
-        pixels, how = as_image(image), _protocol(how)
+        pixels, how = as_image(image), self.protocol(how)
+        if how.merge == "sigmoid":
+            raise ValueError("a heat map shows cosines, not the scores of a head: use another protocol.")
         with evaluating(self.model):
             maps = cosine_maps(self._dense(pixels, how), vectors, pixels.shape[-2], pixels.shape[-1])
         return maps.cpu().clone()
@@ -130,31 +133,71 @@ class Predictor:
         image: Picture,
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
-        how: Protocol | str = "whole-image",
+        how: Protocol | str = "auto",
         background: float | None = None,
     ) -> Tensor:
         """Index of the best label at every pixel: int64 [H, W] at the picture's own size, aspect kept.
+
+        `how`: a segmentation protocol; `auto` is catseg for a model with a trained head, else whole-image.
 
         With `background` (in 0..1), the first label stands for everything else: it is not compared by its name, it gets
         the pixels whose best probability among the other labels is lower. ValueError for no or repeated labels, or a
         background rule with fewer than three labels.
         """
-        names, how = _texts(labels, "label"), _protocol(how)
+        names, how = _texts(labels, "label"), self.protocol(how)
+        trained = how.merge == "sigmoid"
         how = dataclasses.replace(how, background=background)
-        named = foreground([[name] for name in names], background is not None, how)
+        named = [[name] for name in names]
+        named = named[int(background is not None) :] if trained else foreground(named, background is not None, how)
         chosen = check_templates(templates if templates is not None else how.templates or TEMPLATES)
         classes = class_embeddings(self.model, named, chosen)
         classes = dataclasses.replace(classes, owner=classes.owner + len(names) - len(named), classes=len(names))
         pixels = as_image(image)
         with evaluating(self.model):
+            if trained:
+                seen = look(self.model, self._pixels(pixels, how), how, classes.vectors)[0]
+                return best(seen, classes, pixels.shape[-2], pixels.shape[-1], background).cpu().clone()
             scale = probability_scale(how, self.model)
             label = label_map(self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale)
         return label.cpu().clone()
 
-    def _dense(self, pixels: Tensor, how: Protocol) -> Dense:
+    def scores(
+        self,
+        image: Picture,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        how: Protocol | str = "auto",
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """How well every label fits every pixel, 0 to 1: float32 [T, H, W] at the picture's own size, or at `size`.
+
+        From a trained head each label's own score (a mean of sigmoids), else a softmax over the labels."""
+        names, how = _texts(labels, "label"), self.protocol(how)
+        chosen = check_templates(templates if templates is not None else how.templates or TEMPLATES)
+        vectors = class_embeddings(self.model, [[name] for name in names], chosen).vectors
+        pixels = as_image(image)
+        height, width = size or (pixels.shape[-2], pixels.shape[-1])
+        with evaluating(self.model):
+            if how.merge == "sigmoid":
+                seen = look(self.model, self._pixels(pixels, how), how, vectors)[0]
+                found = vectors.new_zeros(len(names), height, width)
+                found[seen.kept] = scores(seen, slice(None), height, width)
+            else:
+                maps = cosine_maps(self._dense(pixels, how), vectors, height, width)
+                found = (maps * probability_scale(how, self.model)).softmax(0)
+        return found.cpu().clone()
+
+    def protocol(self, how: Protocol | str) -> Protocol:
+        """The protocol that a name, such as `auto`, stands for with this model."""
+        found = protocol(how, model=self.model) if isinstance(how, str) else how
+        return at_size(found, self.model) if found.merge == "sigmoid" else found
+
+    def _pixels(self, pixels: Tensor, how: Protocol) -> Tensor:
         cfg = self.model.config.preprocess
-        resized = fit(pixels, how, self.model.config)[None].to(self.model.device)
-        return encode(self.model, normalise(resized, cfg.mean, cfg.std), how, self.batch)[0]
+        return normalise(fit(pixels, how, self.model.config)[None].to(self.model.device), cfg.mean, cfg.std)
+
+    def _dense(self, pixels: Tensor, how: Protocol) -> Dense:
+        return encode(self.model, self._pixels(pixels, how), how, self.batch)[0]
 
 
 def _texts(texts: Sequence[str], kind: str) -> list[str]:
@@ -166,7 +209,3 @@ def _texts(texts: Sequence[str], kind: str) -> list[str]:
     if len(set(found)) < len(found):
         raise ValueError(f"a {kind} stands twice: {next(t for t in found if found.count(t) > 1)!r}.")
     return found
-
-
-def _protocol(how: Protocol | str) -> Protocol:
-    return protocol(how) if isinstance(how, str) else how

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,9 @@ def export(
     ValueError for a model that the library cannot express, a missing library, and differences above the tolerance."""
     if to not in get_args(Form):
         raise ValueError(f"--to {to}: there are {', '.join(get_args(Form))}.")
+    if size is not None and to != "onnx":
+        raise ValueError("--size is for --to onnx, whose graphs have a fixed size; elsewhere the model keeps its own.")
+    out = out.resolve()  # a folder beside it must have a name, which `.` has not
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: choose another --out, or empty it.")
     opened = open_model(target)
@@ -60,6 +64,8 @@ def export(
 
 def _write(opened: Opened, to: Form, folder: Path, size: tuple[int, int] | None) -> None:
     model = opened.model
+    if model.catseg is not None and to != "safetensors":
+        print(f"{to} has no CAT-Seg head: it is left out. (--to safetensors keeps it.)", file=sys.stderr)
     if to == "transformers":
         transformers.write(model, folder)
         if opened.library == "transformers" and opened.path.is_dir():

@@ -1,7 +1,7 @@
 """Pictures of answers: heat maps and label maps over the picture they are about.
 
-Gives: overlay_heatmap, overlay_labels.
-Used by: the command line.
+Gives: overlay_heatmap, overlay_labels, palette.
+Used by: the command line, app/segmenting.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def overlay_heatmap(image: Picture, maps: Tensor, texts: Sequence[str], columns:
 
 
 def overlay_labels(
-    image: Picture, label: Tensor, names: Sequence[str], palette: Sequence[Sequence[int]] | None = None
+    image: Picture, label: Tensor, names: Sequence[str], colours: Sequence[Sequence[int]] | None = None
 ) -> Image.Image:
     """The picture beside its label map [H, W] in colours, with a legend of the labels that occur and their share."""
     pixels, found = as_image(image).permute(1, 2, 0).numpy(), label.numpy()
-    colours = np.array(palette if palette is not None else [_colour(i) for i in range(len(names))])
-    painted = (0.35 * pixels + 0.65 * colours[found]).astype(np.uint8)
+    colours_of = np.array(colours if colours is not None else palette(len(names)))
+    painted = (0.35 * pixels + 0.65 * colours_of[found]).astype(np.uint8)
     sheet = _grid([("picture", pixels), ("labels", painted)], 2)
     share = np.bincount(found.ravel(), minlength=len(names)) / found.size
     seen = [i for i in np.argsort(-share, kind="stable") if share[i] > 0]
@@ -56,7 +56,7 @@ def overlay_labels(
     draw = ImageDraw.Draw(legend)
     for row, i in enumerate(seen):
         top = 34 + row * line
-        draw.rectangle((sheet.width + 8, top, sheet.width + 24, top + 16), fill=tuple(int(v) for v in colours[i]))
+        draw.rectangle((sheet.width + 8, top, sheet.width + 24, top + 16), fill=tuple(int(v) for v in colours_of[i]))
         draw.text((sheet.width + 32, top - 1), f"{names[i]}  {100 * share[i]:.1f}%", fill="black", font=font)
     return legend
 
@@ -83,6 +83,11 @@ def _grid(panels: Sequence[tuple[str, np.ndarray]], columns: int, side: int = 32
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours of so many labels."""
+    return [_colour(i) for i in range(count)]
 
 
 def _colour(index: int) -> tuple[int, int, int]:

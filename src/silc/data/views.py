@@ -138,9 +138,9 @@ def draw_photometric(views: ViewsConfig, rng: np.random.Generator) -> Numbers:
 
     DINO's list with its published probabilities: jitter (0.4, 0.4, 0.2, 0.1) with p 0.8, grey 0.2, blur of sigma
     0.1-2 with p 1.0 / 0.1 / 0.5 on the first global, other global and local views, solarise 0.2 on the other global
-    views. A single global view is blurred with p 0.5 and never solarised. `ssd`: contrast and saturation 0.5 to 1.5,
-    hue +-18 degrees and brightness +-25% (SSD adds up to 32 of 255), each with p 0.5, and nothing else. Of `grey`, saturation, hue and solarise stay
-    as they are, so that the three channels of a one-channel picture stay equal.
+    views. A single global view is blurred with p 0.5 and never solarised. Of `grey`, saturation, hue and solarise stay
+    as they are, so that the three channels of a one-channel picture stay equal. `ssd`: contrast and saturation 0.5 to
+    1.5, hue +-18 degrees and brightness +-25% (SSD adds up to 32 of 255), each with p 0.5, and nothing else.
     """
     count = views.globals + views.locals
     p_blur = np.full(count, P_BLUR[2])

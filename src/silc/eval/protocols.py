@@ -18,6 +18,7 @@ from torch import Tensor
 
 from silc.config import ModelConfig
 from silc.data.images import resize
+from silc.data.sets.names import class_list
 from silc.eval.prompts import ClassEmbeddings, resolve_templates
 from silc.model.silc import Silc
 from silc.model.towers import Readout
@@ -28,7 +29,7 @@ from silc.plain import nearest
 PIXELS_AT_ONCE = 2**24
 """Scores (names x pixels) that exist at a time: 64 MiB of float32, of which about five copies live at once."""
 
-Merge = Literal["none", "cosine", "probability"]
+Merge = Literal["none", "cosine", "probability", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Protocol:
     moved back to end at the border. A side of the picture that is shorter than the window (any side, without window) is
     rounded to a multiple of the patch."""
     stride: int = 0
+    square: bool = False
+    """Both sides are made `short` pixels long, the aspect is not kept."""
     templates: tuple[str, ...] = ()
     """Empty: the default list."""
     readout: Readout = "auto"
@@ -59,9 +62,11 @@ class Protocol:
     merge: Merge = "cosine"
     """What is averaged over overlapping windows: patch cosines brought to the window's pixels, or their softmax over
     all names there; the average is brought to the size of the mask. `none`: a single view, whose cosines are brought to
-    the size of the mask at once."""
+    the size of the mask at once. `sigmoid`: scores of a trained head, see eval/trained."""
     scale: float | None = None
     """Factor on cosines in every softmax; None: the model's exp(logit_scale)."""
+    background_names: tuple[str, ...] = ()
+    """What the background class of a set is called instead of its own names."""
     background: float | None = None
     """For a set with a background class: None compares it by its names like any class; a number leaves its names out
     and gives it every pixel whose best foreground probability (softmax over names) is lower."""
@@ -76,6 +81,13 @@ CLIP80 = tuple(resolve_templates(["clip80"]))
 SCENE = tuple(f"{start} {{}} in the scene." for start in ("there is a", "there is the", "this is a", "this is the",
                                                            "this is one"))
 
+# Of Pascal Context's classes those that are none of VOC's twenty (its table is VOC's dining table): what VOC-20b calls
+# background.
+OTHERS = tuple(
+    group[0] for group in class_list("context59").classes
+    if group[0] != "table" and group[0] not in {name for known in class_list("voc20").classes for name in known}
+)
+
 PROTOCOLS = (
     # Ours: the cheapest, and what training runs are watched by.
     Protocol("whole-image", merge="none"),
@@ -84,19 +96,23 @@ PROTOCOLS = (
     # it applies to the softmax over foreground names, windows averaged as cosines. 0.5 is the code's default, its
     # eval.yml says 0.4. PAMR and TCL's image-level correction are left out; sides shorter than the window are rounded,
     # not padded; the picture is resized with antialiasing.
-    Protocol("tcl", 448, 2048, "bilinear", 448, 224, TCL9, background=0.5),
+    Protocol("tcl", 448, 2048, "bilinear", 448, 224, False, TCL9, background=0.5),
     # Notebook of TIPSv2 (google-deepmind/tips, TIPS_zeroshot_segmentation), which scores ADE20K only: how its paper
     # treats a background class is not written down, here by names. The long side has no limit there, a generous one
     # here; sides are rounded here, cut off there.
-    Protocol("tips", 448, 16 * 448, "bicubic", 448, 336, TCL9, "value", "probability", 1.0),
+    Protocol("tips", 448, 16 * 448, "bicubic", 448, 336, False, TCL9, "value", "probability", 1.0),
     # MaskCLIP (arXiv 2112.01071; code chongzhou96/MaskCLIP), without key smoothing and prompt denoising, which are off
     # by default. It has no rule for a background class, here by names. CLIP's 80 templates and five of scenes.
     Protocol("maskclip", 512, 2048, "bilinear", templates=CLIP80 + SCENE, readout="value", scale=100.0),
     # SCLIP (arXiv 2312.01597; code wangf3014/SCLIP). Its background is a class of many names (sky, wall, tree, ...)
     # that the set must bring; with the name `background` alone, scores are lower than in print.
-    Protocol("sclip", 336, 2048, "bilinear", 224, 112, CLIP80, "sclip", scale=40.0),
+    Protocol("sclip", 336, 2048, "bilinear", 224, 112, False, CLIP80, "sclip", scale=40.0),
     # ClearCLIP (arXiv 2407.12442; code mc-lan/ClearCLIP). Background as in SCLIP.
-    Protocol("clearclip", 448, 2048, "bilinear", 448, 224, CLIP80, "clearclip", scale=50.0),
+    Protocol("clearclip", 448, 2048, "bilinear", 448, 224, False, CLIP80, "clearclip", scale=50.0),
+    # CAT-Seg (arXiv 2303.11797, CVPR 2024; code cvlab-kaist/CAT-Seg), for a model with a trained head: four windows and
+    # the whole picture, half of the score each; a class goes by its first name. The picture is resized with
+    # antialiasing, straight to 640 px. For models smaller than 336 px all sizes shrink with the model's.
+    Protocol("catseg", 640, 640, "bilinear", 384, 256, True, ("A photo of a {} in the scene",), "catseg", "sigmoid"),
 )
 
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -110,12 +126,19 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("clearclip", "voc21"): {"floor": 0.5},
     ("clearclip", "context60"): {"floor": 0.15},
     ("clearclip", "cocoobject"): {"floor": 0.4},
+    ("catseg", "voc21"): {"background_names": OTHERS},
 }
 """What the code of a protocol's authors changes for one set, which is known by its name (letters and digits of it)."""
 
 
-def protocol(name: str, of: str = "") -> Protocol:
-    """The protocol of that name, as it is for the set `of`. ValueError names the nearest one."""
+def protocol(name: str, of: str = "", model: Silc | None = None) -> Protocol:
+    """The protocol of that name, as it is for the set `of`; `auto`: catseg for a model with such a head, else
+    whole-image. ValueError names the nearest one, and says so where a model lacks the head."""
+    headed = getattr(model, "catseg", None) is not None
+    if name == "auto":
+        name = "catseg" if headed else "whole-image"
+    if name == "catseg" and model is not None and not headed:
+        raise ValueError("protocol catseg needs a model with a trained head: train one with `silc train catseg`.")
     for known in PROTOCOLS:
         if known.name == name:
             return dataclasses.replace(known, **VARIANTS.get((name, re.sub(r"[^a-z0-9]", "", of.lower())), {}))
@@ -132,6 +155,8 @@ def probability_scale(how: Protocol, model: Silc) -> float:
 def fit_size(height: int, width: int, how: Protocol, config: ModelConfig) -> tuple[int, int]:
     """Size at which the model sees a picture: short side and limit of the protocol, each side that is no longer than
     the window rounded to a multiple of the patch."""
+    if how.square:
+        return how.short, how.short
     patch, short = config.image.patch, how.short or config.preprocess.size
     scale = min(short / min(height, width), (how.long or 4 * short) / max(height, width))
     sides = [max(1, round(side * scale)) for side in (height, width)]
@@ -305,6 +330,9 @@ def foreground(classes: Sequence[Sequence[str]], background: bool, how: Protocol
 
     Raises ValueError if the rule has a single foreground class left: its probability is 1 everywhere.
     """
+    if how.merge == "sigmoid":
+        firsts = [list(names[:1]) for names in classes]
+        return [list(how.background_names or classes[0]), *firsts[1:]] if background else firsts
     ruled = background and how.background is not None
     kept = [list(names) for names in (classes[1:] if ruled else classes)]
     if ruled and len(kept) < 2:

@@ -25,6 +25,7 @@ from silc.eval.embed import Features, Progress, agree, evaluating
 from silc.eval.metrics import Result, best_constant, confusion, iou, miou, pixel_accuracy
 from silc.eval.prompts import TEMPLATES, ClassEmbeddings, class_embeddings, resolve_templates
 from silc.eval.protocols import Protocol, encode, fit, foreground, label_map, probability_scale, protocol
+from silc.eval.trained import at_size, best, look
 from silc.model.silc import Silc
 from silc.parallel import World, gather
 
@@ -37,8 +38,9 @@ CONFUSIONS = 5000
 
 @dataclass(frozen=True)
 class Config:
-    protocol: str = "whole-image"
-    """whole-image, tcl, tips, maskclip, sclip or clearclip: how a picture becomes a label map, see eval/protocols."""
+    protocol: str = "auto"
+    """How a picture becomes a label map, see eval/protocols: catseg (`auto` for a model with such a head), whole-image
+    (`auto` for others), tcl, tips, maskclip, sclip or clearclip."""
     templates: tuple[str, ...] = ()
     """Prompts with one `{}`, names of lists that ship, or files; empty: the protocol's, else a short default list."""
     split: str | None = None
@@ -64,7 +66,8 @@ def run(model: Silc, folder: Path | str, cfg: Config, features: Features | None 
     """
     world = features.world if features and features.world else ALONE
     data = open_masked(folder, cfg.split, cfg.kind)
-    how = protocol(cfg.protocol, data.name)
+    how = protocol(cfg.protocol, data.name, model)
+    how = at_size(how, model) if how.merge == "sigmoid" else how
     templates = resolve_templates(cfg.templates) if cfg.templates else list(how.templates or TEMPLATES)
     how = dataclasses.replace(how, templates=tuple(templates), scale=probability_scale(how, model))
     named = foreground(data.classes, data.background, how)
@@ -238,11 +241,13 @@ def _predictions(
     area = how.area if by_names else 0.0
     for indices, pixels, truths in _same_size(model, data, wanted, how, batch):
         with evaluating(model):
-            dense = encode(model, normalise(pixels.to(model.device), cfg.mean, cfg.std), how, batch)
-            labels = [
-                label_map(one, names, truth.shape[0], truth.shape[1], threshold, scale, area).cpu()
-                for one, truth in zip(dense, truths)
-            ]
+            seen = normalise(pixels.to(model.device), cfg.mean, cfg.std)
+            if how.merge == "sigmoid":
+                labels = [best(one, names, truth.shape[0], truth.shape[1]).cpu()
+                          for one, truth in zip(look(model, seen, how, names.vectors), truths)]
+            else:
+                labels = [label_map(one, names, truth.shape[0], truth.shape[1], threshold, scale, area).cpu()
+                          for one, truth in zip(encode(model, seen, how, batch), truths)]
         yield from zip(indices, truths, labels)
 
 
@@ -276,6 +281,8 @@ def _stack(group: list[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, 
 def _rule(data: Masked, how: Protocol) -> str:
     if not data.background:
         return "the set has none"
+    if how.background_names:
+        return f"by the names of {len(how.background_names)} classes of Pascal Context that are not in the set"
     if how.background is not None:
         return f"best foreground probability below {how.background:g}"
     floor = f", or best probability below {how.floor:g}" if how.floor else ""

@@ -128,8 +128,8 @@ class ImageTower(nn.Module):
         `value`      each token attends to itself alone, residual and MLP kept (MaskCLIP, arXiv 2112.01071; TIPS).
         `sclip`      attention softmax(q q^T) + softmax(k k^T), residual and MLP kept (arXiv 2312.01597).
         `clearclip`  attention softmax(q q^T), no residual, no MLP (arXiv 2407.12442).
-        `catseg`     for CLS pooling, as `value`, but the CLS token is the residual of every patch (arXiv 2303.11797); for
-                     other pooling, where there is none, `tokens`.
+        `catseg`     for CLS pooling, as `value`, but the CLS token is the residual of every patch (arXiv 2303.11797);
+                     for other pooling, where there is none, `tokens`.
         `auto`       `value` for CLS pooling, whose patch tokens are not trained to be read directly, else `tokens`.
         A CLS token takes part in the attention, as in those papers. Then the last norm, and what pooling does after
         attention: for a MAP head value, output projection and MLP (the head with attention one-hot on the patch), else
@@ -139,7 +139,7 @@ class ImageTower(nn.Module):
         return self.dense_and_inner(pixels, readout)[0]
 
     def dense_and_inner(self, pixels: Tensor, readout: Readout = "auto") -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As `dense`, and what patches were after a third and two thirds of the blocks (4 and 8 of 12): [B, D, h, w]."""
+        """As `dense`, and [B, D, h, w] each: patches after a third and after two thirds of the blocks (4, 8 of 12)."""
         if readout not in get_args(Readout):
             raise ValueError(f"there is no dense read-out {readout!r}." + nearest(readout, get_args(Readout)))
         has_cls, readouts = self.config.pool == "cls", {"auto": "value", "catseg": "catseg"}

@@ -24,6 +24,7 @@ from torch import Tensor
 from silc import parallel
 from silc.config import Config
 from silc.data.loader import BadCount, batches, beside
+from silc.data.masked import MaskedCrops
 from silc.data.pairs import Mixture
 from silc.data.tokenizer import Tokenizer
 from silc.eval.run import evaluate
@@ -35,6 +36,10 @@ from silc.train.log import Log, forget
 from silc.train.optim import clip_and_step, make_optimizer, set_learning_rates
 from silc.train.prepare import check_folder, note_environment, open_data, prepare
 from silc.train.pretrain import Pretrain
+from silc.train.segment import Segment
+
+Data = Mixture | MaskedCrops
+Task = Pretrain | Segment
 
 
 def train(config: Config) -> Path:
@@ -58,6 +63,8 @@ def _train(config: Config, world: World) -> Path:
     pairs, pictures = open_data(config, world)
     saved = checkpoint.latest(folder / "checkpoints", world)
     config, tokenizer, weights = prepare(config, folder, pairs, world, saved is not None)
+    if isinstance(pairs, MaskedCrops):
+        pairs.config = config  # with the size of crops, which the model decides
     task, optimizer = build(config, world, weights)
     step, bad = 0, BadCount(config.data.max_bad_fraction, folder / "bad_samples.jsonl")
     if saved is not None:
@@ -83,14 +90,15 @@ def _train(config: Config, world: World) -> Path:
 
 def build(
     config: Config, world: World, weights: Mapping[str, Tensor] = MappingProxyType({})
-) -> tuple[Pretrain, torch.optim.AdamW]:
+) -> tuple[Task, torch.optim.AdamW]:
     """Task and optimiser, equal on every process, sharded where there are several; `weights` to begin with."""
     torch.manual_seed(config.seed)
     model = Silc(config.model)
-    model.load_state_dict(weights, strict=False)  # a tower that the weights lack stays new, as the load report said
+    # a tower that the weights lack stays new, as the load report said; so does a head
+    model.load_state_dict(weights, strict=False)
     if config.init.lora:
         lora.add(model, config.init.lora)
-    task = Pretrain(config, model, world).to(world.device)
+    task = (Segment if config.model.catseg.layers else Pretrain)(config, model, world).to(world.device)
     for tower in (task.model.image, task.model.text):
         tower.recompute = config.train.checkpoint_blocks
     for part, towers in task.parts():
@@ -99,15 +107,24 @@ def build(
     return task, make_optimizer(task.student, config.optim)
 
 
-def describe(config: Config, task: Pretrain, mixture: Mixture, world: World, step: int) -> str:
+def describe(config: Config, task: Task, data: Data, world: World, step: int) -> str:
     o, million = config.objective, sum(p.numel() for p in task.student.parameters()) / 1e6
+    if isinstance(data, MaskedCrops):
+        trained = sum(p.numel() for p in task.student.parameters() if p.requires_grad) / 1e6
+        said = f"segmentation of {len(data.names)} classes, {trained:.1f}M parameters train"
+        return _described(config, f"{million:.1f}M parameters, {said}", f"{len(data):,} pictures", world, step)
     terms = [f"contrast ({o.kind}) x{o.contrast.weight:g}"]
     terms += [f"{n} x{t.weight:g}" for n, t in (("distill", o.distill), ("masked", o.masked)) if t.weight > 0]
-    state = f"resuming at step {step} of {config.steps}" if step else f"{config.steps} steps"
     teacher = f", teacher momentum {config.ema_momentum:.5f} (batch {config.train.batch})" if task.has_teacher else ""
+    said = f"{million:.1f}M parameters, {' + '.join(terms)}{teacher}"
+    return _described(config, said, f"{len(data):,} pairs", world, step)
+
+
+def _described(config: Config, said: str, data: str, world: World, step: int) -> str:
+    state = f"resuming at step {step} of {config.steps}" if step else f"{config.steps} steps"
     return (
-        f"{config.recipe}: {million:.1f}M parameters, {' + '.join(terms)}{teacher}\n"
-        f"{len(mixture):,} pairs, batch {config.train.batch} on {world.size} x {world.device.type}, {state}, "
+        f"{config.recipe}: {said}\n"
+        f"{data}, batch {config.train.batch} on {world.size} x {world.device.type}, {state}, "
         f"run folder {config.out}"
     )
 
@@ -119,7 +136,7 @@ class Run:
     config: Config
     folder: Path
     world: World
-    task: Pretrain
+    task: Task
     optimizer: torch.optim.AdamW
     log: Log
     tokenizer: Tokenizer
@@ -127,7 +144,7 @@ class Run:
     saver: checkpoint.Saver
     retention: Retention
 
-    def steps(self, first: int, pairs: Mixture, pictures: Mixture | None) -> None:
+    def steps(self, first: int, pairs: Data, pictures: Mixture | None) -> None:
         """The loop itself."""
         c, task = self.config, self.task
         guard = Guard(self.folder, c.objective.prototypes.count, c.train.max_nonfinite)
@@ -166,9 +183,11 @@ class Run:
             self.evaluate(c.steps)
             self.export(self.folder / "export", c.steps)
 
-    def stream(self, pairs: Mixture, pictures: Mixture | None, first: int) -> Generator[dict[str, Any], None, None]:
+    def stream(self, pairs: Data, pictures: Mixture | None, first: int) -> Generator[dict[str, Any], None, None]:
         """Batches of pairs, each with its pictures without captions where there are any."""
         c, w = self.config, self.world
+        if isinstance(pairs, MaskedCrops):
+            return pairs.batches(self.tokenizer, first, w.rank, w.size, w.device)
         paired = batches(c, pairs, self.tokenizer, first, w.rank, w.size, w.device)
         if pictures is None:
             return paired

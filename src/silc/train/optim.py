@@ -28,7 +28,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            part = "image" if name.startswith("model.image.") else "text" if name.startswith("model.") else "heads"
+            tower = name.startswith("model.") and not name.startswith("model.catseg.")
+            part = "image" if name.startswith("model.image.") else "text" if tower else "heads"
             decayed = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in UNDECAYED
             groups.setdefault((part, config.weight_decay if decayed else 0.0), []).append(parameter)
     described: list[dict[str, Any]] = [

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from silc import parallel
 from silc.config import Config, DataConfig, InitConfig, ModelConfig
+from silc.data.masked import MaskedCrops, open_masks
 from silc.data.pairs import Mixture, open_source
 from silc.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 from silc.opening import Opened, open_model
@@ -82,8 +83,9 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------- data
 
 
-def open_data(config: Config, world: World) -> tuple[Mixture, Mixture | None]:
-    """The stream of pairs, and that of pictures without captions if there is one. ValueError for what cannot work."""
+def open_data(config: Config, world: World) -> tuple[Mixture | MaskedCrops, Mixture | None]:
+    """The stream of pairs, or of pictures with masks where a head for segmentation is to be trained, and that of
+    pictures without captions if there is one. ValueError for what cannot work."""
     data, train = config.data, config.train
     for name, count in (("batch", train.batch), ("images", train.images)):
         if count % (world.size * train.accumulate):
@@ -100,6 +102,10 @@ def open_data(config: Config, world: World) -> tuple[Mixture, Mixture | None]:
         raise ValueError("--data.images and --train.images go together: the pictures, and how many of them a step.")
     if train.images and max(config.objective.distill.weight, config.objective.masked.weight) <= 0:
         raise ValueError("pictures without captions feed the teacher's terms, but this objective has none.")
+    if config.model.catseg.layers:
+        if train.images:
+            raise ValueError("pictures without captions feed the teacher's terms; segmentation has none.")
+        return open_masks(config), None
     with parallel.leader_first(world):  # the leader indexes shards once; the others read its index
         pairs = Mixture(_open(data.sources, data, True), data.weights, config.seed)
         # another seed: the two streams share no crops, orders or colours
@@ -122,7 +128,7 @@ class Start(NamedTuple):
     """Of the model that the run begins with, by name; none where it begins with nothing or goes on."""
 
 
-def prepare(config: Config, folder: Path, mixture: Mixture, world: World, resumes: bool) -> Start:
+def prepare(config: Config, folder: Path, mixture: Mixture | MaskedCrops, world: World, resumes: bool) -> Start:
     """What the run begins with; config, tokenizer and where the weights came from are written down.
 
     A run that goes on needs nothing but its folder: what it began with may be gone by then."""
@@ -170,7 +176,11 @@ def decided(config: Config, opened: Opened | None) -> Config:
         theirs = opened.model.config
         # small crops read the position table: without antialiasing they would train only a few of its cells
         image = replace(theirs.image, position_resize="bicubic-antialias")
-        model = replace(theirs if _has_text(opened) else _beside(model, theirs), image=image)
+        # a head goes on where both have one, is new where the recipe has one, and is left behind where it has none
+        head = theirs.catseg if theirs.catseg.layers and model.catseg.layers else model.catseg
+        if head.layers and not _has_text(opened):
+            raise ValueError(f"{config.init.model} is an image tower alone: segmentation needs one for texts, too.")
+        model = replace(theirs if _has_text(opened) else _beside(model, theirs), image=image, catseg=head)
     kind = config.objective.kind
     if kind == "auto":
         kind = "softmax" if model.bias_init is None else "sigmoid"
@@ -189,7 +199,7 @@ def _beside(own: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     return replace(own, preprocess=theirs.preprocess, embed_dim=theirs.embed_dim)
 
 
-def _write(config: Config, folder: Path, mixture: Mixture, opened: Opened | None) -> None:
+def _write(config: Config, folder: Path, mixture: Mixture | MaskedCrops, opened: Opened | None) -> None:
     """The tokenizer of the run (made once, then read), and where its weights came from."""
     kept = folder / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +223,7 @@ def _write(config: Config, folder: Path, mixture: Mixture, opened: Opened | None
         _make_tokenizer(config, mixture).save(kept)
 
 
-def _make_tokenizer(config: Config, mixture: Mixture) -> Tokenizer:
+def _make_tokenizer(config: Config, mixture: Mixture | MaskedCrops) -> Tokenizer:
     asked, text = config.data.tokenizer, config.model.text
     if asked == "bytes":
         return byte_tokenizer(text.length)
