@@ -21,6 +21,7 @@ ORDER = (
     "prototypes",
     "step",
     "inference",
+    "catseg",
     "processes",
     "gpu_step",
     "growth",

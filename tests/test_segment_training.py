@@ -7,6 +7,8 @@ Used by: pytest.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,21 @@ def test_a_killed_run_goes_on_bit_for_bit(run: Path, base: Path, scenes: Path, t
     main(again)
     one, other = silc.load(run).state_dict(), silc.load(tmp_path / "run").state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["1", "2"])
+def test_two_processes_train_the_same_model(
+    run: Path, base: Path, scenes: Path, tmp_path: Path, shard: str
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "silc"]
+    subprocess.run([*launcher, *words(base, scenes, tmp_path / "run", "--train.shard", shard)], check=True)
+    for key in ("loss", "grad_norm"):
+        found, expected = ([row[key] for row in rows(folder)] for folder in (tmp_path / "run", run))
+        assert found == pytest.approx(expected, rel=5e-3)
+    one, other = silc.load(run).state_dict(), silc.load(tmp_path / "run").state_dict()
+    # Adam turns the sign of a gradient that is nearly nothing into a whole step
+    assert all(torch.allclose(one[n], other[n], atol=2 * 2e-4) for n in one)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(run: Path) -> None:

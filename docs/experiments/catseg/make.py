@@ -2,10 +2,10 @@
 
     python docs/experiments/catseg/make.py data CAMVID FOLDER          sets: training without four classes, tests
     python docs/experiments/catseg/make.py run FOLDER TOWERS SEED ...  head and scores on both towers of each seed
-    python docs/experiments/catseg/make.py page FOLDER                 figures.json of the runs, README.md, overlays
+    python docs/experiments/catseg/make.py page FOLDER                 figures.json, README.md, overlays.png
 
-TOWERS holds the runs silc-N and clip-N of docs/experiments/continued: equal pairs of drawings, no photograph. A step that
-is done is not done again.
+TOWERS holds the runs silc-N and clip-N of docs/experiments/continued: equal pairs of drawings, no photograph. A step
+that is done is not done again.
 """
 
 from __future__ import annotations
