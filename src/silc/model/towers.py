@@ -148,9 +148,8 @@ class ImageTower(nn.Module):
         x, shapes = pack([self.embed(pixels)])
         blocks, inner = list(self.blocks), []
         h, w = pixels.shape[-2] // self.config.patch, pixels.shape[-1] // self.config.patch
-        third = max(1, len(blocks) // 3)
-        stops = [0, third, min(2 * third, len(blocks)), len(blocks) if readout == "tokens" else len(blocks) - 1]
-        for first, last in itertools.pairwise(stops):
+        third, end = max(1, len(blocks) // 3), len(blocks) if readout == "tokens" else len(blocks) - 1
+        for first, last in itertools.pairwise(min(stop, end) for stop in (0, third, 2 * third, end)):
             x = self.transform(x, shapes, blocks[first:last])
             inner.append(unpack(x, shapes)[0][:, int(has_cls) :].transpose(1, 2).unflatten(2, (h, w)))
         if readout == "catseg":
