@@ -100,11 +100,40 @@ def test_the_sets_open_and_chance_is_chance(corpus) -> None:  # type: ignore[no-
     model = Silc(recipes.mu().model).eval()
     model.tokenizer = byte_tokenizer(16)
     results = evaluate(model, {name: str(folder) for name, folder in corpus.evals.items() if name != "segment/tuning"})
-    assert set(results) == {"zeroshot/style", "zeroshot/concepts", "retrieval/scenes", "segment/scenes"} & set(results)
+    known = {"zeroshot/style", "zeroshot/concepts", "fewshot/style", "retrieval/scenes", "segment/scenes"}
+    assert set(results) <= known and {"zeroshot/style", "fewshot/style", "segment/scenes"} <= set(results)
     assert 1e-3 <= results["retrieval/scenes"].chance["text_to_image_r1"] < 1e-2  # some scenes share a caption
     assert corpus.evals["segment/tuning"] != corpus.evals["segment/scenes"]
     first, second = ((corpus.evals[f"segment/{n}"] / "images" / "0000.png").read_bytes() for n in ("tuning", "scenes"))
     assert first != second
+
+
+def test_few_shot_learns_from_other_styles_than_it_is_asked_about(corpus) -> None:  # type: ignore[no-untyped-def]
+    folder = corpus.evals["fewshot/style"]
+    styles = {part: {p.stem for p in (folder / part).rglob("*.png")} for part in ("train", "test")}
+    assert styles["train"] == set(STYLES) - set(HELD_STYLES) and styles["test"] == {HELD_STYLES[0]}
+    classes = [sorted(p.name for p in (folder / part).iterdir() if p.is_dir()) for part in ("train", "test")]
+    assert classes[0] == classes[1]
+
+
+def test_a_head_learns_other_classes_than_it_is_asked_about(tmp_path: Path) -> None:
+    from unittest.mock import patch
+
+    pytest.importorskip("resvg_py", reason="resvg is not installed: pip install 'silc[quickstart]'")
+    with patch("silc.data.vectors.SEGMENT_CLASSES", 6):
+        made = build(write(tmp_path), tmp_path / "cache", scenes=20, size=48, processes=1, say=lambda text: None)
+    learned, asked = (json.loads((made.evals[name] / "classes.json").read_text())["classes"]
+                      for name in ("masks/train", "segment/scenes"))  # fmt: skip
+    assert len(asked) == 6 and len(learned) > 6 and not {c[0] for c in learned} & {c[0] for c in asked}
+
+
+def test_names_that_few_styles_draw_can_be_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    everything = {name for name, *_ in read(file, None)[0]}
+    rare = json.loads(file.read_text().splitlines()[0]) | {"text": "rare thing"}
+    file.write_text(file.read_text() + json.dumps(rare) + "\n")
+    assert "rare thing" in {name for name, *_ in read(file, None)[0]}
+    assert {name for name, *_ in read(file, None, styles=3)[0]} == {n for n in everything if "thing" not in n}
 
 
 def test_the_same_again_is_reused_and_rebuilt_alike(corpus, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -312,13 +312,14 @@ def write_masked(
     sprite: Callable[[Cutout], Image.Image],
     size: int,
     seeds: Sequence[tuple[int, ...]],
+    backgrounds: Sequence[str] = HELD_OUT,
 ) -> None:
-    """A scene a seed, of `size` pixels, over background kinds that no training scene has."""
+    """A scene a seed, of `size` pixels; by default over background kinds that no training scene has."""
     index = {c.name: i for i, c in enumerate(classes)}
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     for i, seed in enumerate(seeds):
-        scene = draw_scene(np.random.default_rng(seed), size, pick, sprite, HELD_OUT)
+        scene = draw_scene(np.random.default_rng(seed), size, pick, sprite, backgrounds)
         values = np.array([VOID] + [index[name] for name, _ in scene.objects], np.uint8)
         (folder / "images" / f"{i:04d}.png").write_bytes(encode(scene.image, "PNG"))
         (folder / "masks" / f"{i:04d}.png").write_bytes(encode(values[scene.mask], "PNG"))

@@ -38,19 +38,23 @@ from silc.data.emoji import (
     write_record,
     write_training,
 )
-from silc.data.scenes import draw_scene
+from silc.data.scenes import TRAINING, draw_scene
 
-FORMAT = 1
+FORMAT = 2
 """Raise when what is built changes."""
 HELD_STYLES = ("fluent-emoji-flat", "fluent-emoji")
 """One family of drawings that training never sees, over names that it knows from others."""
 PER_CLASS, CLASSES = 3, 200
 """Pictures a class, and classes, of the zero-shot sets."""
+SHOTS = 10
+"""Pictures a class that few-shot classification may learn from, one a style."""
 SCENES, SEGMENT_SCENES, SEGMENT_CLASSES = 1000, 300, 30
+MASKED_SCENES, MASKED_CLASSES = 600, 60
+"""Of the set with masks that a head for segmentation is trained on; none of its classes is one of the others."""
 NAME = re.compile(r"[a-z][a-z'-]*( [a-z][a-z'-]*){0,2}")
 """One to three words; clip art is often called by a sentence or a file name."""
 NOT_THINGS = re.compile(
-    r"skin tone|^flag|flag$|keycap|button|letter|\b(solid|duotone|outline|add|remove|edit|settings|arrow|chart|file)\b"
+    r"skin tone|^flag|flag$|keycap|button|letter|o'clock|thirty|\b(solid|duotone|outline|add|remove|edit|settings|arrow|chart|file)\b"
 )
 NOT_FREE = re.compile(r"\bNC\b|noncommercial", re.IGNORECASE)
 
@@ -65,21 +69,25 @@ def build(
     scenes: int = 60_000,
     size: int = 96,
     limit: int | None = None,
+    styles: int = 1,
     say: Say = print,
     processes: int = 2,
 ) -> Corpus:
     """Build, or find complete in `cache`, training shards and evaluation sets from the drawings in `source`.
 
     Split by name: 10% of the names are in no training scene in any style (`concepts`), and the styles of HELD_STYLES in
-    none under any name (`style`, `segment`). A drawing for evaluation that looks like one for training is left out.
-    `limit` keeps that many names (for tests). ValueError for a source that cannot be read.
+    none under any name (`style`, `segment`; few-shot learns from other styles). `masks/train` is no evaluation set: it
+    is for training a head, from drawings that training knows, but for the classes of `segment`. A drawing for evaluation that looks like one for training is left out.
+    `styles` leaves out names that training knows in fewer styles; `limit` keeps that many names (for tests).
+    ValueError for a source that cannot be read.
     """
     cache.mkdir(parents=True, exist_ok=True)
     try:
         content = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise ValueError(f"{source} cannot be read ({error.strerror}): give the file of named drawings.") from None
-    wanted = {"format": FORMAT, "seed": seed, "scenes": scenes, "size": size, "limit": limit, "source": content}
+    wanted = {"format": FORMAT, "seed": seed, "scenes": scenes, "size": size, "limit": limit, "styles": styles,
+              "source": content}  # fmt: skip
     fill = partial(_fill, source=source, cache=cache, wanted=wanted, say=say, processes=processes)
     return once(cache, "vectors", wanted, fill, say)
 
@@ -110,9 +118,9 @@ def _fill(
 # ---------------------------------------------------------------- drawings
 
 
-def read(source: Path, limit: int | None) -> tuple[list[Drawing], dict[str, int]]:
+def read(source: Path, limit: int | None, styles: int = 1) -> tuple[list[Drawing], dict[str, int]]:
     """The drawings in colour that may be used commercially and are called by a few words, one a name and style; and how
-    many there are of each licence."""
+    many there are of each licence. Names that fewer than so many `styles` of training draw are left out."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     opened = lzma.open if source.suffix == ".xz" else open
     try:
@@ -124,7 +132,9 @@ def read(source: Path, limit: int | None) -> tuple[list[Drawing], dict[str, int]
                     seen.setdefault((name, row["style"]), (row["svg"], row["lic"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError) as error:
         raise ValueError(f"{source} is no file of named drawings ({error}).") from None
-    names = sorted({name for name, _ in seen}, key=lambda name: share("limit", name))
+    known = Counter(name for name, style in seen if style not in HELD_STYLES)
+    enough = {name for name, _ in seen if styles < 2 or known[name] >= styles}
+    names = sorted(enough, key=lambda name: share("limit", name))
     kept = set(names[:limit])
     drawings = [(name, style, svg) for (name, style), (svg, _) in sorted(seen.items()) if name in kept]
     return drawings, dict(Counter(licence for (name, _), (_, licence) in seen.items() if name in kept))
@@ -135,10 +145,10 @@ def _rendered(
 ) -> tuple[Path, dict[str, tuple[str, ...]], dict[str, Any]]:
     """The archive of all drawings, rendered unless `cache` holds it; the styles of each name; licences and what was
     left out."""
-    about = json.dumps([FORMAT, wanted["source"], wanted["size"], wanted["limit"]])
+    about = json.dumps([FORMAT, *(wanted[key] for key in ("source", "size", "limit", "styles"))])
     archive = cache / f"vectors-{wanted['size']}px-{hashlib.sha256(about.encode()).hexdigest()[:10]}.zip"
     if not archive.exists():
-        drawings, licences = read(source, wanted["limit"])
+        drawings, licences = read(source, wanted["limit"], wanted["styles"])
         say(f"Rendering {len(drawings)} drawings")
         chunks = [[svg for *_, svg in drawings[i : i + 256]] for i in range(0, len(drawings), 256)]
         pictures = [png for part in spread(partial(_render, size=wanted["size"]), chunks, processes) for png in part]
@@ -206,28 +216,31 @@ def _write_evals(
     """Write all sets and return how many pictures each has."""
     rng, size = np.random.default_rng([wanted["seed"], 1, FORMAT]), wanted["size"]
 
-    def pictures(names: list[str], held_style: bool) -> list[tuple[str, str, bytes]]:
-        chosen = {n: [s for s in styles[n] if (s in HELD_STYLES) or not held_style][:PER_CLASS] for n in names}
+    def pictures(names: list[str], held: tuple[bool, ...], most: int = PER_CLASS) -> list[tuple[str, str, bytes]]:
+        chosen = {n: [s for s in styles[n] if (s in HELD_STYLES) in held][:most] for n in names}
         return [(n, s, encode(single(rng, sprites((n, s)), size), "PNG")) for n, found in chosen.items() for s in found]
 
     # names drawn in several styles are names of things; a name of one icon may be anything
     known = {c.name for c, found in training if len(found) > 2}
     both = [c for c in concepts if c.name in known and set(styles[c.name]) & set(HELD_STYLES)]
     unseen = [c.name for c in concepts if c.split == "heldout" and len(styles[c.name]) > 2]
+    shown = _some([c.name for c in both])
     sets = {
-        "zeroshot-style": pictures(_some([c.name for c in both]), True),
-        "zeroshot-concepts": pictures(_some(unseen), False),
+        "zeroshot-style": pictures(shown, (True,)),
+        "zeroshot-concepts": pictures(_some(unseen), (True, False)),
+        "fewshot-style/train": pictures(shown, (False,), SHOTS),
+        "fewshot-style/test": pictures(shown, (True,)),
     }
     sets = {name: rows for name, rows in sets.items() if rows}
     for name, rows in sets.items():
         write_classes(out / name, rows)
-    counts = {name: len(rows) for name, rows in sets.items()} | {"retrieval-scenes": SCENES}
+    counts = {name.removesuffix("/test"): len(rows) for name, rows in sets.items() if not name.endswith("/train")}
     pick, seeds = picker(training), [(wanted["seed"], i, 2, FORMAT) for i in range(SCENES)]
     scenes = [draw_scene(np.random.default_rng(seed), size, pick, sprites) for seed in seeds]
     rows = [(f"{i:04d}", scene.captions[-1], encode(scene.image, "PNG")) for i, scene in enumerate(scenes)]
     write_captioned(out / "retrieval-scenes", rows)
     style_of = {c.name: next(s for s in HELD_STYLES if s in styles[c.name]) for c in both}
-    return counts | _write_segments(out, sprites, both, style_of, wanted)
+    return counts | {"retrieval-scenes": SCENES} | _write_segments(out, sprites, training, both, style_of, wanted)
 
 
 def _some(names: list[str]) -> list[str]:
@@ -235,17 +248,26 @@ def _some(names: list[str]) -> list[str]:
 
 
 def _write_segments(
-    out: Path, sprites: Sprites, concepts: list[Concept], style_of: dict[str, str], wanted: dict[str, Any]
-) -> dict[str, int]:
+    out: Path, sprites: Sprites, training: list[Choice], concepts: list[Concept], style_of: dict[str, str],
+    wanted: dict[str, Any],
+) -> dict[str, int]:  # fmt: skip
     """Scenes of held-out drawings over held-out backgrounds, at the training size: one set to choose settings by, one
-    to report."""
+    to report. And one of training's drawings and backgrounds with other classes, for a head to learn from."""
     style = HELD_STYLES[0]
     options = [c for c in concepts if style_of[c.name] == style]
     classes = segment_classes(options, style, sprites, SEGMENT_CLASSES)
     pick = picker([(c, (style,)) for c in classes])
-    found = {}
-    for number, name in enumerate(("segment-tuning", "segment-scenes")):
-        seeds = [(wanted["seed"], i, 3 + number, FORMAT) for i in range(SEGMENT_SCENES)]
-        write_masked(out / name, classes, pick, sprites, wanted["size"], seeds)
-        found[name] = SEGMENT_SCENES
+    found = {"segment-tuning": SEGMENT_SCENES, "segment-scenes": SEGMENT_SCENES, "masks-train": MASKED_SCENES}
+    seeds = {name: [(wanted["seed"], i, 3 + number, FORMAT) for i in range(count)]
+             for number, (name, count) in enumerate(found.items())}  # fmt: skip
+    for name in ("segment-tuning", "segment-scenes"):
+        write_masked(out / name, classes, pick, sprites, wanted["size"], seeds[name])
+    others = [(c, known) for c, known in training if c not in classes]
+    first = sorted(others, key=lambda choice: share("masked", choice[0].name))[:MASKED_CLASSES]
+    first.sort(key=lambda choice: choice[0].name)
+    if len(first) < 3:  # a scene of three needs them
+        del found["masks-train"]
+        return found
+    write_masked(out / "masks-train", [c for c, _ in first], picker(first), sprites, wanted["size"],
+                 seeds["masks-train"], TRAINING)  # fmt: skip
     return found
