@@ -18,7 +18,7 @@ LAYERS = [
     {"train.pretrain", "train.student", "train.segment", "predict", "opening", "adapters", "export", "eval.run"}
     | {"eval"},
     {"train.loop", "train.prepare", "recipes", "plan", "doctor", "app", "bridges"},
-    {"cli", "quickstart", "__main__", ""},
+    {"cli", "quickstart", "study", "__main__", ""},
 ]
 
 

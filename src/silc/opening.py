@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Opened:
     path: Path
     licence: str | None
     """As the model card beside the weights states it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was read beside the tensors; empty where these tell all."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def open_model(target: str | Path, *, image_size: int | None = None, minimum: fl
     except ValueError as error:
         said = str(error)
         raise ValueError(said if said.startswith(str(path)) else f"{path}: {said}") from None
-    return Opened(model.eval(), report, library, path, _licence(folder))
+    return Opened(model.eval(), report, library, path, _licence(folder), settings)
 
 
 # ---------------------------------------------------------------- where it is

@@ -50,11 +50,18 @@ class World:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one. ValueError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--train.device cuda: PyTorch sees no GPU here. Use --train.device auto or cpu.")
-    return torch.device(name)
+        raise ValueError(f"device {name}: PyTorch sees no GPU here; take auto or cpu.")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}: take auto, cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0.")
+    return device
 
 
 def keep_memory() -> None:

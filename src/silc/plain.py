@@ -53,6 +53,8 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     name = where.rstrip(".")
     if dataclasses.is_dataclass(hint):

@@ -1,6 +1,6 @@
 """A picture and words in; labels, similarity maps and label maps out.
 
-Gives: Predictor (classify, heatmap, segment, scores), as_image.
+Gives: Predictor (classify, heatmap, segment, scores; question and answer, of which these two are made), as_image.
 Used by: the command line, app/*, anyone in Python.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from silc.config import DataConfig
 from silc.data.images import BadSample, decode, normalise, preprocess
 from silc.eval.embed import evaluating
-from silc.eval.prompts import TEMPLATES, check_templates, class_embeddings
+from silc.eval.prompts import TEMPLATES, ClassEmbeddings, check_templates, class_embeddings
 from silc.eval.protocols import (
     Dense,
     Protocol,
@@ -29,10 +30,12 @@ from silc.eval.protocols import (
     fit,
     foreground,
     label_map,
+    probability_maps,
     probability_scale,
     protocol,
+    softmax_totals,
 )
-from silc.eval.trained import at_size, best, look, scores
+from silc.eval.trained import Seen, at_size, best, look, scores
 from silc.model.silc import Silc
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -75,6 +78,50 @@ def _decode(data: bytes, name: str) -> Tensor:
         return decode(data, DataConfig().max_pixels)
     except BadSample as error:
         raise ValueError(f"{name} cannot be read as a picture ({error.cause}).") from None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Labels to look for in pictures; see `Predictor.question`."""
+
+    how: Protocol
+    """With the rule for the background, if there is one."""
+    classes: ClassEmbeddings
+    """Without the first label where that has a rule instead."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model saw of a picture, which label map and scores are read from; see `Predictor.answer`."""
+
+    question: Question
+    seen: Seen | Dense
+    size: tuple[int, int]
+    scale: float
+    """Factor on cosines in a softmax."""
+
+    def labels(self) -> Tensor:
+        """As `Predictor.segment`: int64 [H, W]."""
+        classes, rule = self.question.classes, self.question.how.background
+        with torch.inference_mode():
+            if isinstance(self.seen, Seen):
+                found = best(self.seen, classes, *self.size, rule)
+            else:
+                found = label_map(self.seen, classes, *self.size, rule, self.scale)
+        return found.cpu().clone()
+
+    def scores(self, size: tuple[int, int] | None = None) -> Tensor:
+        """As `Predictor.scores`: float32 [T, H, W], of the labels that are compared."""
+        vectors, (height, width) = self.question.classes.vectors, size or self.size
+        with torch.inference_mode():
+            if isinstance(self.seen, Seen):
+                found = vectors.new_zeros(len(vectors), height, width)
+                found[self.seen.kept] = scores(self.seen, slice(None), height, width)
+            elif self.seen.merge == "probability":
+                found = probability_maps(self.seen, vectors, height, width, softmax_totals(self.seen, vectors))
+            else:
+                found = (cosine_maps(self.seen, vectors, height, width) * self.scale).softmax(0)
+        return found.cpu().clone()
 
 
 class Predictor:
@@ -142,24 +189,9 @@ class Predictor:
 
         With `background` (in 0..1), the first label stands for everything else: it is not compared by its name, it gets
         the pixels whose best probability among the other labels is lower. ValueError for no or repeated labels, or a
-        background rule with fewer than three labels.
+        background rule with fewer than three labels (two, with a trained head).
         """
-        names, how = _texts(labels, "label"), self.protocol(how)
-        trained = how.merge == "sigmoid"
-        how = dataclasses.replace(how, background=background)
-        named = [[name] for name in names]
-        named = named[int(background is not None) :] if trained else foreground(named, background is not None, how)
-        chosen = check_templates(templates if templates is not None else how.templates or TEMPLATES)
-        classes = class_embeddings(self.model, named, chosen)
-        classes = dataclasses.replace(classes, owner=classes.owner + len(names) - len(named), classes=len(names))
-        pixels = as_image(image)
-        with evaluating(self.model):
-            if trained:
-                seen = look(self.model, self._pixels(pixels, how), how, classes.vectors)[0]
-                return best(seen, classes, pixels.shape[-2], pixels.shape[-1], background).cpu().clone()
-            scale = probability_scale(how, self.model)
-            label = label_map(self._dense(pixels, how), classes, pixels.shape[-2], pixels.shape[-1], background, scale)
-        return label.cpu().clone()
+        return self.answer(image, self.question(labels, templates, how, background)).labels()
 
     def scores(
         self,
@@ -172,20 +204,39 @@ class Predictor:
         """How well every label fits every pixel, 0 to 1: float32 [T, H, W] at the picture's own size, or at `size`.
 
         From a trained head each label's own score (a mean of sigmoids), else a softmax over the labels."""
+        return self.answer(image, self.question(labels, templates, how)).scores(size)
+
+    def question(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        how: Protocol | str = "auto",
+        background: float | None = None,
+    ) -> Question:
+        """The labels of `segment`, embedded: for many pictures, or for label map and scores of one, it is made once."""
         names, how = _texts(labels, "label"), self.protocol(how)
+        trained, ruled = how.merge == "sigmoid", background is not None
+        if ruled and not trained and len(names) < 3:
+            raise ValueError("a background by rule needs two foreground labels or more: without a trained head a score "
+                             "is a label's share among them, and one alone has all of it.")
+        how = dataclasses.replace(how, background=background)
+        named = [[name] for name in names]
+        named = named[int(ruled) :] if trained else foreground(named, ruled, how)
         chosen = check_templates(templates if templates is not None else how.templates or TEMPLATES)
-        vectors = class_embeddings(self.model, [[name] for name in names], chosen).vectors
-        pixels = as_image(image)
-        height, width = size or (pixels.shape[-2], pixels.shape[-1])
+        classes = class_embeddings(self.model, named, chosen)
+        first = len(names) - len(named)
+        return Question(how, dataclasses.replace(classes, owner=classes.owner + first, classes=len(names)))
+
+    def answer(self, image: Picture, question: Question) -> Answer:
+        """The picture once through the model."""
+        pixels, how = as_image(image), question.how
         with evaluating(self.model):
             if how.merge == "sigmoid":
-                seen = look(self.model, self._pixels(pixels, how), how, vectors)[0]
-                found = vectors.new_zeros(len(names), height, width)
-                found[seen.kept] = scores(seen, slice(None), height, width)
+                seen: Seen | Dense = look(self.model, self._pixels(pixels, how), how, question.classes.vectors)[0]
             else:
-                maps = cosine_maps(self._dense(pixels, how), vectors, height, width)
-                found = (maps * probability_scale(how, self.model)).softmax(0)
-        return found.cpu().clone()
+                seen = self._dense(pixels, how)
+        scale = probability_scale(how, self.model)
+        return Answer(question, seen, (pixels.shape[-2], pixels.shape[-1]), scale)
 
     def protocol(self, how: Protocol | str) -> Protocol:
         """The protocol that a name, such as `auto`, stands for with this model."""

@@ -21,7 +21,7 @@ from silc.export import onnx, open_clip, transformers
 from silc.export.card import Facts, card
 from silc.export.check import Peer, Row, compare, table
 from silc.model.silc import Silc
-from silc.opening import Opened, open_model
+from silc.opening import Opened, open_model, read_tensors
 from silc.plain import read_json
 
 Form = Literal["transformers", "open_clip", "onnx", "safetensors"]
@@ -146,13 +146,17 @@ def inspect(target: str, check: bool, tolerance: float) -> tuple[str, bool]:
     if not isinstance(words, Tokenizer):
         raise ValueError(f"--check compares texts too, and {target} came without its tokenizer.")
     with tempfile.TemporaryDirectory(prefix="silc-") as made:
-        name, folder = opened.library, opened.path
-        if name not in PEERS or not folder.is_dir():
-            # a library without PyTorch classes, or a file alone: beside transformers, which must have it too
-            name, folder = "transformers", Path(made)
+        name, folder, beside = opened.library, opened.path, opened.library
+        if name == "open_clip" and not folder.is_dir():
+            open_clip.as_folder(opened.settings, read_tensors(folder), Path(made))
+            transformers.copy_tokenizer(folder.parent, Path(made))
+            folder = Path(made)
+        elif name not in PEERS or not folder.is_dir():
+            # a library without PyTorch classes, or a file alone: only transformers' layers can be asked
+            name, folder, beside = "transformers", Path(made), "transformers, to which silc wrote the weights"
             transformers.write(model, folder)
         rows = compare(model, PEERS[name](folder), tolerance)
-    return "\n".join([*lines, "", f"Beside {name}:", "", table(rows)]), all(row.good for row in rows)
+    return "\n".join([*lines, "", f"Beside {beside}:", "", table(rows)]), all(row.good for row in rows)
 
 
 def _line(settings: Any) -> str:

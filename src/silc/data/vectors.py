@@ -54,7 +54,8 @@ MASKED_SCENES, MASKED_CLASSES = 600, 60
 NAME = re.compile(r"[a-z][a-z'-]*( [a-z][a-z'-]*){0,2}")
 """One to three words; clip art is often called by a sentence or a file name."""
 NOT_THINGS = re.compile(
-    r"skin tone|^flag|flag$|keycap|button|letter|o'clock|thirty|\b(solid|duotone|outline|add|remove|edit|settings|arrow|chart|file)\b"
+    r"skin tone|^flag|flag$|keycap|button|letter|o'clock|thirty"
+    r"|\b(solid|duotone|outline|add|remove|edit|settings|arrow|chart|file)\b"
 )
 NOT_FREE = re.compile(r"\bNC\b|noncommercial", re.IGNORECASE)
 
@@ -77,7 +78,8 @@ def build(
 
     Split by name: 10% of the names are in no training scene in any style (`concepts`), and the styles of HELD_STYLES in
     none under any name (`style`, `segment`; few-shot learns from other styles). `masks/train` is no evaluation set: it
-    is for training a head, from drawings that training knows, but for the classes of `segment`. A drawing for evaluation that looks like one for training is left out.
+    is for training a head, from drawings that training knows, but for the classes of `segment`. A drawing for
+    evaluation that looks like one for training is left out.
     `styles` leaves out names that training knows in fewer styles; `limit` keeps that many names (for tests).
     ValueError for a source that cannot be read.
     """

@@ -46,8 +46,8 @@ class Peer:
     """-> [B, D, h, w], made of its own hidden states and layers."""
     pixels: Callable[[Image.Image], Tensor] | None = None
     """A picture through its own preprocessing -> [3, H, W]."""
-    any_size: bool = False
-    """Does it take pixels of another size than the model's?"""
+    position_resize: str = ""
+    """How it resizes the position table for pixels of another size than the model's; empty where it takes none."""
     size: tuple[int, int] | None = None
     """Height and width of the pixels that it takes, where they are not the model's."""
 
@@ -114,11 +114,12 @@ def compare(ours: Silc, peer: Peer, tolerance: float = 1e-4) -> list[Row]:
         if peer.dense is not None:
             dense = F.normalize(peer.dense(pixels).float(), dim=1)
             rows.append(_row("dense", ours.encode_dense(pixels), dense, 10 * tolerance))
-            if peer.any_size:
+            if peer.position_resize:
                 wide = F.interpolate(pixels, _wider(ours), mode="bilinear")
                 dense = F.normalize(peer.dense(wide).float(), dim=1)
-                alike = 10 * tolerance if ours.config.image.position_resize == "bicubic" else None
-                rows.append(_row("dense, not square", ours.encode_dense(wide), dense, alike))
+                alike = ours.config.image.position_resize == peer.position_resize
+                allowed = 10 * tolerance if alike else None
+                rows.append(_row("dense, not square", ours.encode_dense(wide), dense, allowed))
     return rows
 
 

@@ -1,12 +1,13 @@
 """A model as open_clip has it, in the layout of its Hub folders.
 
-Gives: write (the folder), peer (that folder as open_clip opens it).
+Gives: write (the folder), as_folder (of a checkpoint), peer (that folder as open_clip opens it).
 Used by: app/exporting.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from silc.data.tokenizer import Tokenizer
 from silc.export.check import Peer, unusable
 from silc.export.transformers import write_tokenizer
+from silc.model.layout import strip_prefixes
 from silc.model.open_clip import to_open_clip
 from silc.model.silc import Silc
 
@@ -34,6 +36,15 @@ def write(model: Silc, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "open_clip_model.safetensors",
               {"format": "pt"})  # fmt: skip
+
+
+def as_folder(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """A checkpoint of open_clip, as it is, where `peer` finds it: its own settings, the names without wrappers."""
+    whole = settings if "model_cfg" in settings else {"model_cfg": settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(whole) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in strip_prefixes(tensors).items()},
+              folder / "open_clip_model.safetensors", {"format": "pt"})  # fmt: skip
 
 
 def peer(folder: Path) -> Peer:

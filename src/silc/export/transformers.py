@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ from torch import Tensor
 from silc.config import ImageTowerConfig, PreprocessConfig, TextTowerConfig
 from silc.data.tokenizer import SentencePieces, Tokenizer
 from silc.export.check import Peer, unusable
-from silc.model.families import ACTIVATIONS
+from silc.model.families import ACTIVATIONS, RESIZE
 from silc.model.silc import Silc
 from silc.model.weights import to_transformers
 
@@ -140,7 +141,11 @@ def peer(folder: Path) -> Peer:
                                   return_tensors="pt")["input_ids"]  # fmt: skip
         return found
 
+    patch, family = model.config.vision_config.patch_size, model.config.model_type
+
     def grown(pixels: Tensor) -> dict[str, Any]:
+        if family == "siglip2":
+            return _patches(pixels, patch)
         size = model.config.vision_config.image_size
         return {"pixel_values": pixels, "interpolate_pos_encoding": pixels.shape[-2:] != (size, size)}
 
@@ -154,10 +159,18 @@ def peer(folder: Path) -> Peer:
         image=lambda pixels: _pooled(model.get_image_features(**grown(pixels))),
         text=lambda texts: _pooled(model.get_text_features(input_ids=ids(texts))),
         logits=lambda pixels, texts: model(input_ids=ids(texts), **grown(pixels)).logits_per_image,
-        dense=lambda pixels: _dense(model, grown(pixels)),
-        pixels=seen,
-        any_size=True,
+        dense=lambda pixels: _dense(model, grown(pixels)).unflatten(2, [side // patch for side in pixels.shape[-2:]]),
+        pixels=None if family == "siglip2" else seen,  # which keeps the aspect, and silc does not
+        position_resize=RESIZE[family],
     )
+
+
+def _patches(pixels: Tensor, patch: int) -> dict[str, Tensor]:
+    """Pixels [B, 3, H, W] as Siglip2Model takes them: patches in rows, and how many rows and columns there are."""
+    cells = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    rows = cells.flatten(3).flatten(1, 2)
+    return {"pixel_values": rows, "pixel_attention_mask": torch.ones(rows.shape[:2], dtype=torch.long),
+            "spatial_shapes": torch.tensor([cells.shape[1:3]] * len(pixels))}  # fmt: skip
 
 
 def _pooled(found: Any) -> Tensor:
@@ -167,8 +180,8 @@ def _pooled(found: Any) -> Tensor:
 
 
 def _dense(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Every patch in the space of the text, by transformers' layers: of SigLIP the pooling head with its attention on
-    one patch, of CLIP the last block with each token's value alone, then the projection."""
+    """Every patch in the space of the text, [B, D, N], by transformers' layers: of SigLIP the pooling head with its
+    attention on one patch, of CLIP the last block with each token's value alone, then the projection."""
     vision = model.vision_model
     out = vision(**inputs, output_hidden_states=True)
     if hasattr(vision, "head"):
@@ -181,6 +194,4 @@ def _dense(model: Any, inputs: dict[str, Any]) -> Tensor:
         last, x = vision.encoder.layers[-1], out.hidden_states[-2][:, 1:]
         x = x + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(x)))
         x = model.visual_projection(vision.post_layernorm(x + last.mlp(last.layer_norm2(x))))
-    patch = model.config.vision_config.patch_size
-    grid = [side // patch for side in inputs["pixel_values"].shape[-2:]]
-    return x.transpose(1, 2).unflatten(2, grid)
+    return x.transpose(1, 2)

@@ -1,0 +1,234 @@
+"""A study as data: which recipes, for how long, with which seeds; and the studies that silc comes with.
+
+Gives: Study, Arm, Cell, Grid; `get` (a study by name or from a file), `names`, `config_of`, `merged`.
+Used by: study/running, study/page, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from silc import recipes
+from silc.config import Config
+from silc.data.emoji import Corpus
+from silc.plain import from_dict, load_json, nearest, to_dict
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a recipe and what is changed in it, as nested settings by name."""
+
+    recipe: str
+    change: dict[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The corpus of drawings, see data/vectors."""
+
+    scenes: int = 4_000
+    size: int = 80
+    """Side of a scene in pixels."""
+    styles: int = 6
+    """Names that fewer styles draw are left out."""
+    limit: int | None = 360
+    """Names that are kept of these."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Every arm, at every duration, with the seeds of that duration."""
+
+    name: str
+    question: str
+    arms: dict[str, Arm]
+    samples: tuple[int, ...]
+    """Durations in pairs seen."""
+    seeds: tuple[tuple[int, ...], ...]
+    """For each duration."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Changed in every arm's recipe, before the arm's own changes."""
+    corpus: Grid = field(default_factory=Grid)
+    baseline: str = "clip"
+    """The arm that the others are compared with."""
+    scores: tuple[str, ...] = ("segment/scenes miou", "zeroshot/style top1", "retrieval/scenes text_to_image_r1")
+    """What is plotted and compared: a set and one of its metrics. The first is the one in question."""
+    parts: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """What one change buys: its name -> the arm with it and the one without."""
+    tuning: bool = False
+    """Is it for choosing settings? Then it is scored on segment/tuning, which no other study looks at, and those never
+    on segment/tuning."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """With it, a CAT-Seg head is trained on each cell of `head_samples` and scored: changes of the recipe catseg."""
+    head_samples: tuple[int, ...] = ()
+    begins: bool = False
+    """Do all arms begin from a trained model (--start)?"""
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.seeds) or not self.arms:
+            raise ValueError(f"study {self.name}: it needs arms, and a tuple of seeds for each of its durations.")
+        if self.baseline not in self.arms:
+            other = nearest(self.baseline, self.arms)
+            raise ValueError(f"study {self.name}: no arm is called {self.baseline!r}.{other}")
+
+    def cells(self) -> list[Cell]:
+        """First the first seed of each duration, short ones first: a study that is cut off has said something."""
+        return [Cell(arm, samples, seeds[turn]) for turn in range(max(map(len, self.seeds)))
+                for samples, seeds in zip(self.samples, self.seeds) if turn < len(seeds)
+                for arm in self.arms]  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    samples: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.arm}-{self.samples}-s{self.seed}"
+
+
+def merged(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with later ones in place of earlier ones."""
+    found = dict(base)
+    for change in changes:
+        for key, value in change.items():
+            inner = found.get(key)
+            both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+            found[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+    return found
+
+
+def config_of(study: Study, cell: Cell, corpus: Corpus, out: Path, start: str = "") -> Config:
+    """The settings of one run. ValueError for a recipe or a setting that is none, naming the arm."""
+    arm = study.arms[cell.arm]
+    own = {"recipe": cell.arm, "seed": cell.seed, "out": str(out), "train": {"samples": cell.samples},
+           "data": {"sources": [corpus.shards]}}  # fmt: skip
+    if study.begins:
+        own["init"] = {"model": start}
+    try:
+        return from_dict(Config, merged(to_dict(recipes.get(arm.recipe)), study.common, arm.change, own))
+    except ValueError as error:
+        raise ValueError(f"study {study.name}, arm {cell.arm}: {error}") from None
+
+
+# ---------------------------------------------------------------- the studies that silc comes with
+
+TINY: dict[str, Any] = {
+    "model": {
+        "image": {"image_size": 64, "patch": 16, "width": 128, "depth": 4, "heads": 4, "mlp": 512, "pool": "map",
+                  "proj": "linear"},
+        "text": {"vocab": 4096, "length": 24, "width": 128, "depth": 1, "heads": 4, "mlp": 512, "pool": "mean",
+                 "proj": "linear"},
+        "preprocess": {"size": 64}, "embed_dim": 128,
+    },
+    "objective": {"prototypes": {"count": 2048, "hidden": 256, "bottleneck": 64}, "momentum": 0.99,
+                  "momentum_batch": 128, "teacher_temp": 0.07},
+    "views": {"global_size": 64, "global_scale": [0.5, 1.0], "local_size": 32, "local_scale": [0.05, 0.4],
+              "flip": False, "photometric": "none"},
+    "data": {"text_key": "captions", "workers": 1},
+    "optim": {"lr": 2e-3, "weight_decay": 0.05, "schedule": "cosine", "warmup": 0.05},
+    "train": {"batch": 128, "precision": "bf16", "save_every": 250, "keep": 1},
+}  # fmt: skip
+"""Two million parameters, pictures of 64 px: what a CPU trains in minutes. Captions name sides and colours, so nothing
+is mirrored or recoloured."""
+
+
+HEAD: dict[str, Any] = {
+    "model": {"catseg": {"width": 32, "window": 4, "decoder": [16, 8], "guides": [32, 16], "guide_widths": [8, 4],
+                         "classes": 64}},
+    "init": {"image_size": 128},
+    "segment": {"tune": "qv"},
+    "optim": {"lr": 1e-3, "warmup": 0.05},
+    "train": {"batch": 8, "samples": 1600, "save_every": 200, "log_every": 20},
+}  # fmt: skip
+"""A CAT-Seg head for these towers: a quarter of the published widths, 200 steps of 8 pictures of 128 px."""
+FEW = {"globals": 2, "locals": 4}
+ONE = {"globals": 1, "locals": 4}
+
+
+def main() -> Study:
+    """SILC against CLIP, and what each part buys, on equal samples and equal FLOPs."""
+    arms = {
+        "clip": Arm("clip", {}, "one crop of at least half the picture, softmax loss"),
+        "siglip": Arm("siglip", {}, "the same with the sigmoid loss"),
+        "views-only": Arm("views-only", {"views": {"globals": 2, "locals": 0}}, "CLIP on two crops, no teacher"),
+        "silc": Arm("silc", {"views": FEW}, "two global and four local views, EMA teacher of tower and head"),
+        "silc-s": Arm("silc-s", {"views": FEW}, "the same with the sigmoid loss"),
+        "silc-head": Arm("silc", {"views": FEW, "objective": {"teacher": "head"}},
+                         "silc, whose teacher averages the head alone"),
+        "silc-1g": Arm("silc", {"views": ONE}, "silc with one global view"),
+        "siglip2-style": Arm("siglip2-style", {"views": ONE}, "SigLIP, then distillation and masking in the last 20%"),
+        "tips-style": Arm("tips-style", {"views": ONE},
+                          "head-only EMA, distillation, and masked prediction on all patches"),
+    }  # fmt: skip
+    parts = {
+        "softmax to sigmoid": ("siglip", "clip"), "a second view": ("views-only", "clip"),
+        "distillation": ("silc", "views-only"), "the whole of SILC": ("silc", "clip"),
+        "averaging the tower, not the head alone": ("silc", "silc-head"),
+        "the second global view of SILC": ("silc", "silc-1g"), "masked prediction": ("tips-style", "silc-1g"),
+    }  # fmt: skip
+    return Study(
+        "main", "Does self-distillation from an EMA teacher help a CLIP, and does it pay for its FLOPs?", arms,
+        samples=(12_288, 24_576, 49_152, 98_304), seeds=((0,), (0, 1, 2), (0, 1, 2), (0,)), common=TINY, parts=parts,
+        head=HEAD, head_samples=(49_152,),
+    )  # fmt: skip
+
+
+def search() -> Study:
+    """Settings that the sources leave open, and cheaper forms of SILC, one change at a time; for choosing."""
+    def silc(about: str, views: dict[str, Any] | None = None, **objective: Any) -> Arm:
+        return Arm("silc", {"views": {**ONE, **(views or {})}, "objective": {"teacher": "head", **objective}}, about)
+
+    late = {"weight": 1.0, "start": 0.3}
+    arms = {
+        "clip": Arm("clip", {}, "the baseline"),
+        "head": silc("silc with one global view and head-only EMA; the arms below change it"),
+        "late-30": silc("distillation from 30% of the run on", distill=late),
+        "late-50": silc("from half of the run on", distill={**late, "start": 0.5}),
+        "late-30-light": silc("from 30% on, weight 0.5", distill={**late, "weight": 0.5}),
+        "late-30-two": silc("from 30% on, two local views", {"locals": 2}, distill=late),
+        "late-30-full": silc("from 30% on, tower averaged too", distill=late, teacher="full"),
+        "late-30-slow": silc("from 30% on, momentum 0.998", distill=late, momentum=0.998),
+        "late-30-sharp": silc("from 30% on, teacher temperature 0.04", distill=late, teacher_temp=0.04),
+        "late-30-large": silc("from 30% on, local views of 10 to 60% of the picture", {"local_scale": [0.1, 0.6]},
+                              distill=late),
+        "late-30-original": silc("from 30% on, the text aligned with the whole picture", distill=late,
+                                 contrast_views="original"),
+        "late-30-both": silc("from 30% on, the text aligned with the whole picture and the crop", distill=late,
+                             contrast_views="both"),
+        "late-30-global": silc("from 30% on, two global views, each distilled into the other", {"globals": 2},
+                               distill=late, global_to_global=True),
+        "late-30-colour": silc("from 30% on, DINO's colour augmentation", {"photometric": "dino"}, distill=late),
+        "late-30-shallow": silc("from 30% on, a head of two layers", distill=late,
+                                prototypes={**TINY["objective"]["prototypes"], "layers": 2}),
+    }  # fmt: skip
+    return Study(
+        "search", "Which open settings matter, and what is the cheapest SILC that keeps its dense gain?", arms,
+        samples=(49_152,), seeds=((0,),), common=TINY, tuning=True,
+        scores=("segment/tuning miou", "zeroshot/style top1", "retrieval/scenes text_to_image_r1"),
+    )  # fmt: skip
+
+
+STUDIES: tuple[Callable[[], Study], ...] = (main, search)
+
+
+def get(name: str) -> Study:
+    """A study that silc comes with, or one in a JSON file (settings as in `Study`). ValueError names the nearest."""
+    if name.endswith(".json"):
+        return load_json(Path(name), Study)
+    for make in STUDIES:
+        if make.__name__ == name:
+            return make()
+    raise ValueError(f"no study {name!r}." + nearest(name, names()))
+
+
+def names() -> dict[str, str]:
+    return {make.__name__: (make.__doc__ or "").split("\n")[0].strip() for make in STUDIES}
