@@ -274,6 +274,8 @@ class SegmentConfig:
 
     split: str = "train"
     """Of the sets that have splits."""
+    kind: str = ""
+    """Layout, as coco-stuff, where a folder can be read in several ways."""
     prompt: str = "A photo of a {} in the scene"
     """What is said of every class."""
     tune: Literal["qv", "none", "all"] = "qv"

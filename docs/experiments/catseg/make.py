@@ -4,8 +4,8 @@
     python docs/experiments/catseg/make.py run FOLDER TOWERS SEED ...  head and scores on both towers of each seed
     python docs/experiments/catseg/make.py page FOLDER                 figures.json, README.md, overlays.png
 
-TOWERS holds the runs silc-N and clip-N of docs/experiments/continued: equal pairs of drawings, no photograph. A step
-that is done is not done again.
+TOWERS holds the runs of `silc study main` (OUT/runs): equal pairs of drawings, no photograph. A step that is done is
+not done again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from silc.train.loop import train
 
 HERE = Path(__file__).parent
 UNSEEN = ("pavement", "car", "sign", "pedestrian")
-TOWERS, SEEDS = ("silc", "clip"), (0, 1, 2)
-SIDE, STEPS, BATCH = 144, 400, 8
+TOWERS, SEEDS, PAIRS = ("silc", "clip"), (0, 1, 2), 49_152
+SIDE, STEPS, BATCH = 128, 300, 8
 FREE = ("whole-image", "maskclip")
 SETS = ("all", "unseen")
 
@@ -63,14 +63,18 @@ def data(camvid: Path, folder: Path) -> None:
 # ---------------------------------------------------------------- runs
 
 
+def tower_run(towers: Path, tower: str, seed: int) -> Path:
+    return towers / f"{tower}-{PAIRS}-s{seed}"
+
+
 def config(folder: Path, towers: Path, tower: str, seed: int) -> Config:
     c = recipes.get("catseg")
-    head = CatSegConfig(width=64, window=6, decoder=(32, 16), guides=(64, 32), guide_widths=(16, 8), classes=32)
+    head = CatSegConfig(width=64, window=4, decoder=(32, 16), guides=(64, 32), guide_widths=(16, 8), classes=16)
     return replace(
         c,
         seed=seed,
         out=str(folder / f"{tower}-{seed}"),
-        init=replace(c.init, model=str(towers / f"{tower}-{seed}"), image_size=SIDE),
+        init=replace(c.init, model=str(tower_run(towers, tower, seed)), image_size=SIDE),
         model=replace(c.model, catseg=head),
         optim=replace(c.optim, lr=1e-3, warmup=0.05),
         data=replace(c.data, sources=(str(folder / "seen"),), workers=0),
@@ -86,7 +90,7 @@ def run(folder: Path, towers: Path, seeds: list[int]) -> None:
             out = folder / f"{tower}-{seed}.json"
             if out.exists():
                 continue
-            started = {how: scores(towers / f"{tower}-{seed}", folder, how) for how in FREE}
+            started = {how: scores(tower_run(towers, tower, seed), folder, how) for how in FREE}
             trained = train(config(folder, towers, tower, seed))
             found = {"trained": scores(trained, folder, "catseg"), **started}
             out.write_text(json.dumps(found, indent=1) + "\n")

@@ -137,7 +137,8 @@ def collect(run: Path, corpus: Corpus) -> dict[str, Any]:
     said = json.loads((run / "config.json").read_text())
     save_json(raw / "config.json", _placeless(from_dict(Config, said)))
     shutil.copy(run / "metrics.jsonl", raw / "metrics.jsonl")
-    places = {name: str(folder) for name, folder in corpus.evals.items() if name != DENSE and not name.startswith("masks")}
+    scored_here = [name for name in corpus.evals if name != DENSE and not name.startswith("masks")]
+    places = {name: str(corpus.evals[name]) for name in scored_here}
     scored, _ = evaluate(str(run), places, out=run / "scores", device="cpu")
     config = from_dict(Config, said)
     cost = flops_per_sample(config).total

@@ -20,6 +20,7 @@ from silc.eval import run, suites
 from silc.eval.metrics import Result
 from silc.model.silc import Silc
 from silc.opening import load
+from silc.parallel import pick_device
 from silc.plain import nearest, to_dict
 
 
@@ -52,7 +53,7 @@ def evaluate(
     for name in places:
         if (task := name.partition("/")[0]) not in tasks:
             raise ValueError(f"evaluation {name!r}: there is no task {task!r}." + nearest(task, tasks))
-    opened = load(model).to(_device(device))
+    opened = load(model).to(pick_device(device))
     scored, failed = _score(opened, places, configs, set(sets), out, cache)
     if not scored:
         raise ValueError("every set failed; the first: " + next(f"{name}: {why}" for name, why in failed.items()))
@@ -63,7 +64,7 @@ def evaluate(
 
 def evaluate_model(model: Silc, name: str, sets: Mapping[str, str], out: Path, device: str) -> dict[str, Result]:
     """Score a model in memory, to be called `name`, and write the folder as `evaluate` does. ValueError likewise."""
-    opened = model.to(_device(device))
+    opened = model.to(pick_device(device))
     scored, _ = _score(opened, sets, {}, set(sets), out, None)
     _write(opened, scored, out, {"model": name}, {}, {})
     return scored
@@ -102,17 +103,6 @@ def _score(
             if name in configs:
                 found[name].details["settings"] = to_dict(configs[name])
     return scored, failed
-
-
-def _device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}: give auto, cpu, cuda or cuda:1.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch sees no GPU here; give auto or cpu.")
-    return device
 
 
 def _name(device: torch.device) -> str:

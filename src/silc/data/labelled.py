@@ -69,7 +69,8 @@ def _open(readers: Sequence[Reader[T]], location: Path | str, split: str | None,
         return able[0].open(path, split, kind)
     if able:
         names = " or ".join(reader.kinds[0] for reader in able)
-        raise ValueError(f"{path} can be read as {names}; say which with its kind.")
+        raise ValueError(f"{path} can be read as {names}; say which with its `kind`: in a suite of your own, or by "
+                         "--segment.kind in training.")
     layouts = "; ".join(f"{'/'.join(r.kinds)}: {r.layout}" for r in readers if kind in (None, *r.kinds))
     raise ValueError(f"{path} is not laid out as {what}: it {_found(path)}, and silc knows {layouts}.")
 

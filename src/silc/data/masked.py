@@ -29,12 +29,12 @@ def open_masks(config: Config) -> MaskedCrops:
     """The sets that --data.sources names, their training split where they have splits.
 
     ValueError for a set that `open_masked` cannot read, and for sets whose classes differ."""
-    found = []
+    found, kind = [], config.segment.kind or None
     for location in config.data.sources:
         try:
-            found.append(open_masked(location, config.segment.split))
+            found.append(open_masked(location, config.segment.split, kind))
         except ValueError as error:
-            whole = open_masked(location) if "split" in str(error) else None
+            whole = open_masked(location, None, kind) if "split" in str(error) else None
             if whole is None or whole.split:
                 raise
             found.append(whole)  # it has no splits at all

@@ -222,8 +222,9 @@ def _plot(study: Study, found: Sequence[Row], score: str, out: Path) -> Path:
                 whiskers = [below, above]
                 main = arm == study.baseline
                 colour = theme.ink if main else theme.runs[slot % len(theme.runs)]
-                axes.errorbar(x, y, whiskers, label=arm, color=colour, lw=2.2 if main else 1.3, ms=4, elinewidth=0.8,
-                              marker="osD^vPX*hd"[slot % 10], ls="-" if slot < len(theme.runs) else (0, (4, 2)))  # fmt: skip
+                dashes: Any = "-" if slot < len(theme.runs) else (0, (4, 2))
+                axes.errorbar(x, y, whiskers, label=arm, color=colour, lw=2.2 if main else 1.3, ls=dashes, ms=4,
+                              marker="osD^vPX*hd"[slot % 10], elinewidth=0.8)  # fmt: skip
             if chance is not None:
                 axes.axhline(100 * chance, color=theme.muted, lw=0.9, ls=(0, (4, 3)))
             axes.set_xscale("log", base=2)

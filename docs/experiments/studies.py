@@ -1,0 +1,76 @@
+"""Makes the pages of the studies from their raw files: tables, plots, and the figures within the text.
+
+    python docs/experiments/studies.py [NAME ...]      all of main, search, continued whose records.jsonl is here
+
+NAME/text.md is written by hand; where it says `{{gain ARM SAMPLES SET METRIC}}` stands the gain over the baseline at
+equal samples, with `flops` for `gain` that at equal FLOPs, with `score` the arm's own score, with `cost` (ARM SAMPLES)
+its FLOPs as a multiple of the baseline's, and with `runs` and `hours` how many there were and how long they trained.
+NAME/README.md is that text with the figures in it and the tables behind it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from silc.study import declared
+from silc.study.analysis import Interval, gain, gain_at_equal_flops, rows, series, slope
+from silc.study.declared import Study
+from silc.study.page import markdown, tables, write
+from silc.study.running import read_records
+
+HERE = Path(__file__).parent
+FIGURE = re.compile(r"\{\{(.*?)\}\}")
+
+
+def page(name: str, folder: Path) -> str:
+    study, records = declared.get(name), read_records(folder / "records.jsonl")
+    text = FIGURE.sub(lambda found: figure(study, records, found[1].split()), (folder / "text.md").read_text())
+    return f"{text.rstrip()}\n\n{markdown(tables(study, records))}"
+
+
+def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[str]) -> str:
+    what, *rest = words
+    if what == "runs":
+        return str(len(records))
+    if what == "hours":
+        return f"{sum(r['seconds'] for r in records) / 3600:.1f}"
+    if what == "machine":
+        return ", ".join(sorted({f"{r['machine']['device']}, PyTorch {r['machine']['torch']}" for r in records}))
+    arm, *rest = rest
+    if what == "cost":
+        costs = {r["arm"]: r["flops"] for r in records if r["samples"] == int(rest[0])}
+        return f"{costs[arm] / costs[study.baseline]:.2f}"
+    samples, score = rest[0], " ".join(rest[1:])
+    if what == "slope":
+        samples, score = "0", " ".join(rest)
+    known = series(rows(records), score)
+    one, base, n = known[arm], known[study.baseline], int(samples)
+    if what == "score":
+        return f"{100 * one.mean(n):.1f}"
+    found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
+             "slope": lambda: slope(one)}[what]()  # fmt: skip
+    return told(found)
+
+
+def told(found: Interval | None) -> str:
+    if found is None:
+        return "not known"
+    return f"{100 * found.mean:+.1f}" + (f" ± {100 * found.half:.1f}" if found.half is not None else "")
+
+
+def make(names: Sequence[str]) -> None:
+    for name in names or [n for n in declared.names() if (HERE / n / "records.jsonl").exists()]:
+        folder = HERE / name
+        write(declared.get(name), read_records(folder / "records.jsonl"), folder)
+        (folder / "study.html").unlink()  # its pictures are here beside it
+        (folder / "results.md").unlink()  # its tables are in README.md
+        (folder / "README.md").write_text(page(name, folder))
+        print(f"wrote {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    make(sys.argv[1:])
