@@ -185,30 +185,31 @@ def main() -> Study:
 def search() -> Study:
     """Settings that the sources leave open, and cheaper forms of SILC, one change at a time; for choosing."""
     def silc(about: str, views: dict[str, Any] | None = None, **objective: Any) -> Arm:
-        return Arm("silc", {"views": {**ONE, **(views or {})}, "objective": {"teacher": "head", **objective}}, about)
+        return Arm("silc", {"views": {**ONE, **(views or {})}, "objective": objective}, about)
 
-    late = {"weight": 1.0, "start": 0.3}
+    def late(start: float) -> dict[str, float]:
+        return {"weight": 1.0, "start": start}
+
+    shallow = {**TINY["objective"]["prototypes"], "layers": 2}
     arms = {
         "clip": Arm("clip", {}, "the baseline"),
-        "head": silc("silc with one global view and head-only EMA; the arms below change it"),
-        "late-30": silc("distillation from 30% of the run on", distill=late),
-        "late-50": silc("from half of the run on", distill={**late, "start": 0.5}),
-        "late-30-light": silc("from 30% on, weight 0.5", distill={**late, "weight": 0.5}),
-        "late-30-two": silc("from 30% on, two local views", {"locals": 2}, distill=late),
-        "late-30-full": silc("from 30% on, tower averaged too", distill=late, teacher="full"),
-        "late-30-slow": silc("from 30% on, momentum 0.998", distill=late, momentum=0.998),
-        "late-30-sharp": silc("from 30% on, teacher temperature 0.04", distill=late, teacher_temp=0.04),
-        "late-30-large": silc("from 30% on, local views of 10 to 60% of the picture", {"local_scale": [0.1, 0.6]},
-                              distill=late),
-        "late-30-original": silc("from 30% on, the text aligned with the whole picture", distill=late,
-                                 contrast_views="original"),
-        "late-30-both": silc("from 30% on, the text aligned with the whole picture and the crop", distill=late,
-                             contrast_views="both"),
-        "late-30-global": silc("from 30% on, two global views, each distilled into the other", {"globals": 2},
-                               distill=late, global_to_global=True),
-        "late-30-colour": silc("from 30% on, DINO's colour augmentation", {"photometric": "dino"}, distill=late),
-        "late-30-shallow": silc("from 30% on, a head of two layers", distill=late,
-                                prototypes={**TINY["objective"]["prototypes"], "layers": 2}),
+        "silc-1g": silc("silc with one global view; the arms below change it"),
+        "late-30": silc("distillation from 30% of the run on", distill=late(0.3)),
+        "late-60": silc("distillation from 60% of the run on", distill=late(0.6)),
+        "two-locals": silc("two local views instead of four", {"locals": 2}),
+        "two-late-30": silc("two local views, from 30% on", {"locals": 2}, distill=late(0.3)),
+        "light": silc("distillation at half the weight", distill={"weight": 0.5}),
+        "head": silc("the teacher averages the head alone", teacher="head"),
+        "head-late-30": silc("the same, from 30% on", teacher="head", distill=late(0.3)),
+        "slow": silc("momentum 0.998 instead of 0.99", momentum=0.998),
+        "fast": silc("momentum 0.966", momentum=0.966),
+        "sharp": silc("teacher temperature 0.04 instead of 0.07", teacher_temp=0.04),
+        "original": silc("the text aligned with the whole picture, not the crop", contrast_views="original"),
+        "both": silc("the text aligned with the whole picture and the crop", contrast_views="both"),
+        "global": silc("two global views, each distilled into the other", {"globals": 2}, global_to_global=True),
+        "colour": silc("DINO's colour augmentation", {"photometric": "dino"}),
+        "shallow": silc("a head of two layers instead of three", prototypes=shallow),
+        "large-locals": silc("local views of 10 to 60% of the picture", {"local_scale": [0.1, 0.6]}),
     }  # fmt: skip
     return Study(
         "search", "Which open settings matter, and what is the cheapest SILC that keeps its dense gain?", arms,
@@ -217,7 +218,26 @@ def search() -> Study:
     )  # fmt: skip
 
 
-STUDIES: tuple[Callable[[], Study], ...] = (main, search)
+def continued() -> Study:
+    """SILC added to a trained CLIP: how many pairs until the dense gain, and what it costs in zero-shot."""
+    plain = {"objective": {"distill": {"weight": 0.0}}, "views": {"locals": 0}, "init": {"freeze": 0.0}}
+    arms = {
+        "clip": Arm("adapt-10k", plain, "more of what it was trained by"),
+        "silc": Arm("adapt-10k", {"objective": {"distill": {"weight": 1.0}}},
+                    "heads alone for the first tenth, then distillation ramped in"),
+        "silc-anchored": Arm("adapt-10k", {"objective": {"distill": {"weight": 1.0}, "anchor": {"weight": 1.0}}},
+                             "the same, held near the model that it began with"),
+    }  # fmt: skip
+    own = {"init": {"image_lr": 1.0, "text_lr": 1.0}, "objective": {"anchor": {"weight": 0.0}}, "optim": {"lr": 1e-3}}
+    common = merged({name: part for name, part in TINY.items() if name != "model"}, {"views": ONE}, own)
+    return Study(
+        "continued", "How many pairs of SILC until a trained CLIP's dense score rises, and what does zero-shot pay?",
+        arms, samples=(6_144, 12_288, 24_576, 49_152), seeds=((0,), (0, 1, 2), (0, 1, 2), (0,)), common=common,
+        parts={"SILC": ("silc", "clip"), "the anchor": ("silc-anchored", "silc")}, begins=True,
+    )  # fmt: skip
+
+
+STUDIES: tuple[Callable[[], Study], ...] = (main, search, continued)
 
 
 def get(name: str) -> Study:

@@ -44,10 +44,14 @@ from silc.study.declared import Cell, Study, config_of, merged
 from silc.train.guard import Halt, Stopped
 from silc.train.log import cpu_name
 from silc.train.loop import train
+from silc.train.prepare import by_name
 
 RECORD = "record.json"
 OPEN_VOCABULARY = "catseg/scenes"
 """The set called `segment/scenes`, scored by the trained head."""
+WHEREABOUTS = ("recipe", "out", "init.model", "data.sources", "data.workers", "train.device", "train.threads",
+               "train.save_every", "train.keep", "train.log_every")  # fmt: skip
+"""Settings that do not decide what a run finds."""
 TERMS = ("contrast", "distill", "masked", "loss")
 
 
@@ -69,15 +73,12 @@ class Job:
 
     @property
     def asked(self) -> str:
-        """Digest of the settings that decide the result; folders, device and data workers do not."""
-        plain = to_dict(self.config)
-        for section, names in (("train", ("device", "threads", "save_every", "keep", "log_every")),
-                               ("data", ("sources", "workers")), ("init", ("model",))):  # fmt: skip
-            for name in names:
-                plain[section].pop(name)
-        plain.pop("out")
+        """Digest of the settings that decide the result: those that are not the defaults, so that a setting which is
+        new in silc changes nothing; and not names, folders, devices."""
+        mine, usual = by_name(to_dict(self.config)), by_name(to_dict(Config()))
+        told = {key: value for key, value in mine.items() if key not in WHEREABOUTS and usual.get(key) != value}
         head = self.study.head if self.cell.samples in self.study.head_samples else {}
-        return hashlib.sha256(json.dumps([plain, head, sorted(self.evals)], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([told, head, sorted(self.evals)], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def done(self) -> bool:

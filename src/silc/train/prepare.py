@@ -1,6 +1,6 @@
 """Before the first step: is the folder free, what does the run begin with, and what do model and tokenizer decide?
 
-Gives: check_folder, open_data, prepare -> Start, begun_with, decided, note_environment.
+Gives: check_folder, open_data, prepare -> Start, begun_with, decided, note_environment; by_name.
 Used by: train/loop.py; app/planning.py, which must know the model too.
 """
 
@@ -46,11 +46,11 @@ def check_folder(folder: Path, config: Config) -> None:
         raise ValueError(f"{folder} is not empty and holds no silc run: choose another --out, or empty it.")
     if not _began(folder):
         return
-    saved = _flat(to_dict(load_json(folder / "config.json", Config)))
+    saved = by_name(to_dict(load_json(folder / "config.json", Config)))
     free = (*FREE_TO_CHANGE, "model") if config.init.model else FREE_TO_CHANGE
     differ = [
         f"{key} {saved[key]!r} -> {value!r}"
-        for key, value in sorted(_flat(to_dict(config)).items())
+        for key, value in sorted(by_name(to_dict(config)).items())
         if saved.get(key) != value
         and key not in DECIDED
         and not (key in LEFT_OPEN and value == LEFT_OPEN[key])
@@ -68,11 +68,12 @@ def _began(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists()
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_name(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, tuples as lists."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         name = prefix + key
-        flat |= _flat(value, name + ".") if isinstance(value, dict) and value else {name: _plain(value)}
+        flat |= by_name(value, name + ".") if isinstance(value, dict) and value else {name: _plain(value)}
     return flat
 
 
