@@ -41,6 +41,8 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.npz", "README.md"]
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+SMALL = Path(__file__).parent / "small"
+"""The model that comes with silc: a toy of drawings and simple photographs. docs/experiments/small tells what it is."""
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -74,7 +76,7 @@ def load(target: str | Path) -> Silc:
 
     `target`: the folder of a run or an export; a folder of transformers, open_clip or timm; a file of tensors with its
     settings beside it; a big_vision `.npz`; `hf:owner/name[@revision]`, which downloads, or `owner/name`, which looks
-    in the local cache alone. ValueError says in one sentence what is missing or does not fit.
+    in the local cache alone; `small`, the model that comes with silc. ValueError says in one sentence what is missing or does not fit.
     """
     opened = open_model(target)
     if opened.library != "silc":
@@ -108,10 +110,12 @@ def _place(target: str | Path) -> Path:
         return _from_hub(target.removeprefix("hf:"), target, offline=False)
     if Path(target).exists():
         return Path(target)
+    if target == SMALL.name and SMALL.exists():
+        return SMALL
     if isinstance(target, str) and HUB_ID.fullmatch(target):
         return _from_hub(target, target, offline=True)
     raise ValueError(f"{target} does not exist: give the folder of a run or of an exported model, a file of weights, "
-                     "or hf:owner/name.")
+                     "hf:owner/name, or small, the model that comes with silc.")
 
 
 def _from_hub(name: str, target: str, offline: bool) -> Path:

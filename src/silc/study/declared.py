@@ -56,7 +56,8 @@ class Study:
     corpus: Grid = field(default_factory=Grid)
     baseline: str = "clip"
     """The arm that the others are compared with."""
-    scores: tuple[str, ...] = ("segment/scenes miou", "zeroshot/style top1", "retrieval/scenes text_to_image_r1")
+    scores: tuple[str, ...] = ("segment/scenes miou", "segment/scenes pixel_accuracy", "zeroshot/style top1",
+                               "fewshot/style shot5", "retrieval/scenes text_to_image_r5")  # fmt: skip
     """What is plotted and compared: a set and one of its metrics. The first is the one in question."""
     parts: dict[str, tuple[str, str]] = field(default_factory=dict)
     """What one change buys: its name -> the arm with it and the one without."""
@@ -152,6 +153,7 @@ HEAD: dict[str, Any] = {
 """A CAT-Seg head for these towers: a quarter of the published widths, 200 steps of 8 pictures of 128 px."""
 FEW = {"globals": 2, "locals": 4}
 ONE = {"globals": 1, "locals": 4}
+MEAN = {"image": {"pool": "mean"}}
 
 
 def main() -> Study:
@@ -201,6 +203,8 @@ def search() -> Study:
         "light": silc("distillation at half the weight", distill={"weight": 0.5}),
         "head": silc("the teacher averages the head alone", teacher="head"),
         "head-late-30": silc("the same, from 30% on", teacher="head", distill=late(0.3)),
+        "clip-mean": Arm("clip", {"model": MEAN}, "clip, pooling by the mean instead of attention"),
+        "silc-mean": Arm("silc", {"model": MEAN, "views": ONE}, "silc with one global view, pooling by the mean"),
         "slow": silc("momentum 0.998 instead of 0.99", momentum=0.998),
         "fast": silc("momentum 0.966", momentum=0.966),
         "sharp": silc("teacher temperature 0.04 instead of 0.07", teacher_temp=0.04),
@@ -214,7 +218,8 @@ def search() -> Study:
     return Study(
         "search", "Which open settings matter, and what is the cheapest SILC that keeps its dense gain?", arms,
         samples=(49_152,), seeds=((0,),), common=TINY, tuning=True,
-        scores=("segment/tuning miou", "zeroshot/style top1", "retrieval/scenes text_to_image_r1"),
+        scores=("segment/tuning miou", "segment/tuning pixel_accuracy", "zeroshot/style top1", "fewshot/style shot5",
+                "retrieval/scenes text_to_image_r5"),
     )  # fmt: skip
 
 

@@ -1,0 +1,105 @@
+"""Trains the model that silc comes with, scores it, and writes it to src/silc/small with its model card.
+
+    python docs/experiments/small/make.py DRAWINGS.jsonl.xz PHOTOGRAPHS FOLDER [SAMPLES]
+
+DRAWINGS is the file that docs/experiments/drawings.py makes. PHOTOGRAPHS holds `caltech101` (train and test as class
+folders) and, to be looked at alone, `camvid` and `coco128`. Trained on composed scenes of drawings and on Caltech's
+training half, whose captions are its class names. Goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from silc import load
+from silc.app.evaluation import evaluate
+from silc.app.exporting import export
+from silc.config import Config
+from silc.data.emoji import Corpus
+from silc.data.vectors import build
+from silc.plain import from_dict, read_json
+from silc.study.declared import MEAN, ONE, TINY, merged
+from silc.train.loop import train
+
+HERE = Path(__file__).parent
+TARGET = HERE.parents[2] / "src" / "silc" / "small"
+SHARE = 0.25
+"""Of the pairs, photographs."""
+ALIKE = 0.99
+"""Correlation of 16 x 16 grey thumbnails from which on two pictures count as one."""
+TEMPLATES = ("a photo of {}", "{}", "a picture of {}")
+
+
+def phrase(name: str) -> str:
+    words = name.lower().replace("_", " ").removesuffix(" easy").removesuffix(" side")
+    return words if words.endswith("s") else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def photographs(root: Path, out: Path) -> tuple[Path, dict[str, int]]:
+    """A table of Caltech's training photographs without those that look like one for evaluation; and the counts."""
+    out.mkdir(parents=True, exist_ok=True)
+    mine = sorted((root / "caltech101" / "train").rglob("*.webp"))
+    held = [p for name in ("caltech101/test", "camvid/test", "coco128") for p in sorted((root / name).rglob("*"))
+            if p.suffix in (".webp", ".png", ".jpg") and "masks" not in p.parts]  # fmt: skip
+    nearest = (looks(mine) @ looks(held).T).max(1)
+    kept = [p for p, near in zip(mine, nearest) if near < ALIKE]
+    rows = [{"image": str(p), "captions": [t.format(phrase(p.parent.name)) for t in TEMPLATES]} for p in kept]
+    (out / "photographs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out / "photographs.jsonl", {"photographs": len(kept), "near_duplicates_left_out": len(mine) - len(kept),
+                                       "compared_with": len(held)}  # fmt: skip
+
+
+def looks(paths: list[Path]) -> np.ndarray:
+    """[N, 256], unit length: grey thumbnails without their mean."""
+    made = [np.asarray(Image.open(p).convert("L").resize((16, 16), Image.Resampling.BOX), np.float32) for p in paths]
+    flat = np.stack(made).reshape(len(made), -1)
+    flat -= flat.mean(1, keepdims=True)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)
+
+
+def config(corpus: Corpus, table: Path, out: Path, samples: int) -> Config:
+    """silc with one global view and mean pooling, which at this size reads patches better than attention pooling."""
+    from silc import recipes
+    from silc.plain import to_dict
+
+    own = {
+        "out": str(out), "recipe": "small",
+        "data": {"sources": [corpus.shards, str(table)], "weights": [1 - SHARE, SHARE]},
+        "train": {"samples": samples, "threads": 1, "log_every": 20},
+    }  # fmt: skip
+    change = {"model": MEAN, "views": ONE, "objective": {"distill": {"weight": 0.5, "start": 0.3}}}
+    return from_dict(Config, merged(to_dict(recipes.get("silc")), TINY, change, own))
+
+
+def main(drawings: Path, root: Path, folder: Path, samples: int) -> None:
+    corpus = build(drawings, folder / "corpus", scenes=16_000, size=80, styles=4)
+    table, counts = photographs(root, folder)
+    run = train(config(corpus, table, folder / "run", samples))
+    sets = {name: str(place) for name, place in corpus.evals.items() if name.split("/")[0] not in ("masks",)}
+    sets.pop("segment/tuning")
+    sets |= {"zeroshot/caltech101": str(root / "caltech101"), "segment/coco128": str(root / "coco128"),
+             "retrieval/coco128": str(root / "coco128"), "segment/camvid": str(root / "camvid")}  # fmt: skip
+    results, _ = evaluate(str(run), sets, out=folder / "scores", device="cpu")
+    shutil.rmtree(TARGET, ignore_errors=True)
+    export(str(run), "safetensors", TARGET, scores=folder / "scores", licence="other")
+    about = {key: value for key, value in read_json(corpus.folder / "corpus.json").items() if key != "files"}
+    found = {name: {m: [v, r.chance.get(m)] for m, v in r.metrics.items()} for name, r in results.items()}
+    facts = {"corpus": about, "photographs": counts, "scores": found, "samples": samples}
+    (HERE / "figures.json").write_text(json.dumps(facts, indent=1) + "\n")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ("kind", "step", "loss", "contrast", "distill", "teacher_entropy", "images_per_s", "seconds")
+    kept = [{k: row[k] for k in keys if k in row} for row in rows]
+    (HERE / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    print(f"wrote {TARGET}: {sum(p.numel() for p in load(TARGET).parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(*(Path(word) for word in sys.argv[1:4]), int(sys.argv[4]) if len(sys.argv) > 4 else 600_000)
