@@ -1,6 +1,7 @@
 """Released weights: two-tower checkpoints of big_vision, against its key list and a second implementation in NumPy.
 
-Gives: names and shapes of SigLIP B/16; parity of image, text and dense features; the file's variants; errors.
+Gives: names and shapes of SigLIP B/16; parity of image, text and dense features, at other sizes too; open_clip's own
+reader of such files beside ours; the file's variants; errors.
 Used by: pytest.
 """
 
@@ -8,17 +9,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from test_transformers import off
 
 from silc.config import ImageTowerConfig, ModelConfig, PreprocessConfig, TextTowerConfig
 from silc.model.big_vision import from_big_vision, layout, to_big_vision
 from silc.model.layout import pour
 from silc.model.silc import Silc
+from silc.opening import open_model
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -123,12 +129,23 @@ def encode(x: np.ndarray, w: Arrays, depth: int) -> np.ndarray:
     return norm(x, under(w, "encoder_norm/"))
 
 
+def table(w: Arrays, rows: int, columns: int) -> np.ndarray:
+    """The position table at another size, by Pillow's antialiased bicubic: [rows * columns, D]."""
+    flat = w["pos_embedding"][0]
+    side = int(len(flat) ** 0.5)
+    if (rows, columns) == (side, side):
+        return flat
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in flat.T.reshape(-1, side, side))
+    made = [np.asarray(plane.resize((columns, rows), Image.Resampling.BICUBIC)) for plane in planes]
+    return np.stack(made, -1).reshape(rows * columns, -1).astype(np.float64)
+
+
 def see(picture: np.ndarray, w: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """A picture [H, W, 3] -> its embedding [D], and each patch through the head with attention on it alone [N, D]."""
     kernel, rows, columns = w["embedding/kernel"], picture.shape[0] // 8, picture.shape[1] // 8
     patches = picture.reshape(rows, 8, columns, 8, 3)
     x = np.einsum("rpcqk,pqkd->rcd", patches, kernel).reshape(rows * columns, -1) + w["embedding/bias"]
-    x, head = encode(x + w["pos_embedding"][0], under(w, "Transformer/"), 2), under(w, "MAPHead_0/")
+    x, head = encode(x + table(w, rows, columns), under(w, "Transformer/"), 2), under(w, "MAPHead_0/")
 
     def after(y: np.ndarray) -> np.ndarray:
         return y + mlp(norm(y, under(head, "LayerNorm_0/")), under(head, "MlpBlock_0/"))
@@ -148,12 +165,13 @@ def unit(rows: list[np.ndarray]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_image_text_logits_and_dense_features_agree_with_numpy() -> None:
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (56, 40)])
+def test_image_text_logits_and_dense_features_agree_with_numpy(size: tuple[int, int]) -> None:
     arrays = {name: a.astype(np.float64) for name, a in to_big_vision(tiny()).items()}
     ours, report = from_big_vision(arrays)
     assert not report.new and not report.ignored and {p.dtype for p in ours.parameters()} == {torch.float32}
     rng = np.random.default_rng(0)
-    pictures, ids = rng.normal(size=(3, 32, 32, 3)), rng.integers(0, 50, (3, 12))
+    pictures, ids = rng.normal(size=(3, *size, 3)), rng.integers(0, 50, (3, 12))
     seen = [see(picture, under(arrays, "img/")) for picture in pictures]
     image, text = unit([pooled for pooled, _ in seen]), unit([read(row, under(arrays, "txt/")) for row in ids])
     pixels = torch.from_numpy(pictures).float().permute(0, 3, 1, 2)
@@ -163,6 +181,30 @@ def test_image_text_logits_and_dense_features_agree_with_numpy() -> None:
     assert off(ours.logits(ours.encode_image(pixels), ours.encode_text(torch.from_numpy(ids))), logits.float()) < 1e-4
     assert off(ours.encode_dense(pixels).flatten(2).transpose(1, 2), unit([dense for _, dense in seen])) < 1e-3
     assert torch.pdist(image).min() > 1e-2 and torch.pdist(text).min() > 1e-2
+
+
+@torch.no_grad()
+def test_open_clips_own_reader_of_such_files_makes_the_same_model(
+    open_clip: ModuleType, timm: ModuleType, tmp_path: Path
+) -> None:
+    model = tiny()
+    image, text = model.config.image, model.config.text
+    np.savez(tmp_path / "siglip.npz", **{f"params/{name}": a for name, a in to_big_vision(model).items()})
+    trunk = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=40 / 24, class_token=False,
+        global_pool="map", num_classes=0, act_layer="gelu_tanh")
+    words = open_clip.model._build_text_tower(24, {
+        "context_length": text.length, "vocab_size": text.vocab, "width": text.width, "heads": text.heads,
+        "layers": text.depth, "mlp_ratio": text.mlp / text.width, "no_causal_mask": True, "proj_bias": True,
+        "pool_type": "last", "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}})  # fmt: skip
+    theirs = SimpleNamespace(visual=SimpleNamespace(trunk=trunk.eval()), text=words.eval(),
+                             logit_scale=torch.zeros(()), logit_bias=torch.zeros(()))  # fmt: skip
+    open_clip.convert.load_big_vision_weights(theirs, str(tmp_path / "siglip.npz"))
+    ours = open_model(tmp_path / "siglip.npz").model
+    pixels, ids = torch.randn(3, 3, 32, 32), torch.randint(0, 50, (4, 12))
+    assert image == ours.config.image and (theirs.logit_scale, theirs.logit_bias) == (ours.logit_scale, ours.logit_bias)
+    assert off(ours.encode_image(pixels), F.normalize(trunk(pixels), dim=-1)) < 1e-4
+    assert off(ours.encode_text(ids), F.normalize(words(ids), dim=-1)) < 1e-4
 
 
 @pytest.mark.parametrize("bias", [-10.0, None])

@@ -146,7 +146,7 @@ def test_heatmap(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--suite", "photograph", "--data", "DATA"], "no suite 'photograph'; silc has catseg, paper, photographs, quickstart"),
+    (["--suite", "photograph", "--data", "DATA"], "no suite 'photograph'; silc has catseg, paper, photographs,"),
     (["--suite", "photograph", "--data", "DATA"], "Perhaps you meant 'photographs'"),
     (["--suite", "paper"], "needs --data ROOT"),
     (["--suite", "paper", "--data", "DATA/none"], "none is not a folder"),

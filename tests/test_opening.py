@@ -274,9 +274,13 @@ def test_a_pickle_that_would_run_code_is_refused_at_every_door(
     assert "\n" not in str(refused.value) and str(target) in str(refused.value)
     verbs = (["eval", "--sets", "zeroshot", str(tmp_path)], ["heatmap", str(tmp_path / "x.png"), "-t", "a dog"])
     verbs += (["inspect"], ["export", "--to", "safetensors", "--out", str(tmp_path / "out")])
-    for verb in (*verbs, ["interpolate", str(target), "--alpha", "0.5", "--out", str(tmp_path / "mixed")]):
+    verbs += (["interpolate", str(target), "--alpha", "0.5", "--out", str(tmp_path / "mixed")],)
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    named = [["segment", str(tmp_path / "x.png"), "a dog, a cat", "--model", str(target), "--out", str(tmp_path / "o")]]
+    named += [["plan", "adapt-10k", "--init.model", str(target), "--gpus", "1"]]
+    for command in (*([verb[0], str(target), *verb[1:]] for verb in verbs), *named):
         with pytest.raises(SystemExit) as stop:
-            main([verb[0], str(target), *verb[1:]])
+            main(command)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and "shut" in said and "Traceback" not in said
     assert not mark.exists()

@@ -155,6 +155,29 @@ def test_segment_background_takes_what_nothing_fits(picture):
         predict.Predictor(Channels()).segment(picture, ["nothing", "blue"], background=0.9)
 
 
+@pytest.mark.parametrize("how", [
+    Protocol("whole", merge="none"), Protocol("slide", short=48, window=32, stride=16),
+    Protocol("soft", short=48, window=32, stride=16, merge="probability", scale=3.0),
+])
+def test_label_map_and_scores_are_read_from_one_look(picture, how):
+    model, names, calls = Channels(), ["green", "blue", "red"], []
+    for name in ("encode_text", "encode_dense"):
+        method = getattr(model, name)
+        setattr(model, name, lambda *given, name=name, method=method: calls.append(name) or method(*given))
+    predictor = predict.Predictor(model)
+    question = predictor.question(names, how=how)
+    answers = [predictor.answer(one, question) for one in (picture, picture[:, ::-1])]
+    seen = calls.count("encode_dense")
+    labels, scores = answers[0].labels(), answers[0].scores()
+    answers[1].labels()
+    assert calls.count("encode_text") == 1 and calls.count("encode_dense") == seen
+    assert torch.equal(labels, predictor.segment(picture, names, how=how))
+    assert torch.equal(scores, predictor.scores(picture, names, how=how)) and not scores.is_inference()
+    torch.testing.assert_close(scores.sum(0), torch.ones(60, 100))
+    assert torch.equal(scores.argmax(0), labels)
+    assert answers[0].scores((6, 10)).shape == (3, 6, 10)
+
+
 @pytest.mark.parametrize("texts", [[], ["a", "a"], [" "], "red"])
 def test_texts_are_checked(picture, texts):
     with pytest.raises(ValueError, match="text"):

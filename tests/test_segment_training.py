@@ -7,6 +7,7 @@ Used by: pytest.
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import silc
 from silc import losses, recipes
+from silc.app.segmenting import _video
 from silc.cli import main
 from silc.config import CatSegConfig, Config
 from silc.data.masked import VOID, open_masks
@@ -145,6 +147,25 @@ def test_crops_show_what_their_labels_say_whoever_reads_them(run: Path, scenes: 
     assert seen.float().mean() > 0.9 and (~seen).any()
     assert (nearest == labels)[seen].float().mean() > 0.93  # borders mix
     assert len({tuple(sorted(set(ids))) for ids in (whole["ids"][:24], whole["ids"][24:])}) == 2
+
+
+def test_coco_stuff_where_coco_has_panoptic_masks_too(run: Path, tmp_path: Path) -> None:
+    """The published layout of 164k, its numbers of 171 classes as they are."""
+    for part in ("images/train2017", "stuffthingmaps/train2017", "panoptic_train2017"):
+        (tmp_path / part).mkdir(parents=True)
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "images" / "train2017" / "1.jpg")
+    numbers = np.repeat(np.array([0, 12, 181, 255], np.uint8), 10)  # person, stop sign, wood, unlabelled
+    Image.fromarray(np.tile(numbers, (40, 1))).save(tmp_path / "stuffthingmaps" / "train2017" / "1.png")
+    panoptic = {"categories": [{"id": 1, "name": "person"}], "images": [{"id": 1, "file_name": "1.jpg"}]}
+    panoptic["annotations"] = [{"image_id": 1, "file_name": "1.png", "segments_info": []}]
+    Image.new("RGB", (40, 40)).save(tmp_path / "panoptic_train2017" / "1.png")
+    (tmp_path / "panoptic_train2017.json").write_text(json.dumps(panoptic))
+    config = replace(made(run), data=replace(made(run).data, sources=(str(tmp_path),)))
+    with pytest.raises(ValueError, match=r"coco-stuff or coco-panoptic.*--segment\.kind"):
+        open_masks(config)
+    crops = open_masks(replace(config, segment=replace(config.segment, kind="coco-stuff")))
+    wood, sign = crops.names.index("wood"), crops.names.index("stop sign")
+    assert len(crops.names) == 171 and set(crops[(0, 2)]["labels"].unique().tolist()) == {VOID, 0, sign, wood}
 
 
 def test_a_set_without_splits_a_zoom_and_sets_that_differ(run: Path, tmp_path: Path) -> None:
@@ -398,6 +419,43 @@ def test_a_folder_an_animation_and_a_background(run: Path, scenes: Path, tmp_pat
     assert names == ["00000.json", "00002.json", "00004.json"]
 
 
+def test_a_cut_animation_gives_the_frames_that_it_has(
+    base: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.open(scenes / "val" / "images" / f"{i}.png") for i in range(6)]
+    frames[0].save(tmp_path / "move.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "move.gif").read_bytes()
+    (tmp_path / "move.gif").write_bytes(whole[: len(whole) * 2 // 3])
+    main(["segment", str(tmp_path / "move.gif"), "red, blue", "--model", str(base), "--out", str(tmp_path / "o")])
+    written = len(list((tmp_path / "o" / "move").glob("*.json")))
+    assert 0 < written < 6 and f"move.gif is damaged after frame {written - 1}" in capsys.readouterr().err
+
+
+def test_a_second_picture_inside_a_jpeg_is_no_animation(base: Path, scenes: Path, tmp_path: Path) -> None:
+    frames = [Image.open(scenes / "val" / "images" / f"{i}.png") for i in range(2)]
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(tmp_path / "phone.jpg").n_frames == 2
+    main(["segment", str(tmp_path / "phone.jpg"), "red, blue", "--model", str(base), "--out", str(tmp_path / "o")])
+    assert sorted(p.name for p in (tmp_path / "o").rglob("*")) == ["phone.json", "phone.labels.png", "phone.png"]
+
+
+def test_what_was_written_into_the_folder_before_is_no_input(base: Path, scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.open(scenes / "val" / "images" / "0.png").save(folder / "a.png")
+    for _ in range(2):
+        main(["segment", str(folder), "red, blue", "--model", str(base), "--out", str(folder / "out")])
+    assert len(list((folder / "out").rglob("*.json"))) == 1
+
+
+def lying(file: Path) -> None:
+    """Note in an MP4 that its frames are to be turned clockwise, as a phone that is held upright does."""
+    data = bytearray(file.read_bytes())
+    start = data.index(b"tkhd") + 44  # version 0: flags, two times, number, room, length, room, layer, group, volume
+    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    file.write_bytes(data)
+
+
 def test_frames_of_a_video(run: Path, scenes: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="av is not installed: pip install 'silc[video]'")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
@@ -409,6 +467,10 @@ def test_frames_of_a_video(run: Path, scenes: Path, tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     main(["segment", str(tmp_path / "clip.mp4"), "red, blue", "--model", str(run), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o" / "clip").glob("*.labels.png"))) == 4
+    straight = np.asarray(next(_video(tmp_path / "clip.mp4", 1)[0])[1])
+    lying(tmp_path / "clip.mp4")
+    turned = np.asarray(next(_video(tmp_path / "clip.mp4", 1)[0])[1])
+    assert turned.shape == (72, 64, 3) and np.array_equal(turned[:, ::-1].transpose(1, 0, 2), straight)
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -419,6 +481,9 @@ def test_frames_of_a_video(run: Path, scenes: Path, tmp_path: Path) -> None:
     (["pictures", "a, background", "--background", "0.5"], "leave it out"),
     (["pictures", "a", "--background", "7"], "between 0 and 1"),
     (["pictures", "a", "--every", "0"], "--every"),
+    (["pictures", "a", "--device", "tpu9"], "no device 'tpu9'"),
+    (["pictures", "a", "--how", "whole-image", "--background", "0.5"], "two foreground labels"),
+    (["pictures", "a", "--out", "pictures"], "choose another"),
     (["text.mp4", "a"], "video"),
     (["text.txt", "a"], "neither a picture nor a video"),
     (["empty", "a"], "holds no pictures"),

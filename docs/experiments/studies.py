@@ -4,8 +4,9 @@
 
 NAME/text.md is written by hand; where it says `{{gain ARM SAMPLES SET METRIC}}` stands the gain over the baseline at
 equal samples, with `flops` for `gain` that at equal FLOPs, with `score` the arm's own score, with `cost` (ARM SAMPLES)
-its FLOPs as a multiple of the baseline's, and with `runs` and `hours` how many there were and how long they trained.
-NAME/README.md is that text with the figures in it and the tables behind it.
+its FLOPs as a multiple of the baseline's, `slope` (ARM SET METRIC), `corpus KEY` a fact of NAME/corpus.json, and with
+`runs`, `hours` and `machine` how many there were, how long they trained, and on what. NAME/README.md is that text with
+the figures in it and the tables behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from silc.plain import read_json
 from silc.study import declared
 from silc.study.analysis import Interval, gain, gain_at_equal_flops, rows, series, slope
 from silc.study.declared import Study
@@ -34,6 +36,13 @@ def page(name: str, folder: Path) -> str:
 
 def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[str]) -> str:
     what, *rest = words
+    if what == "corpus":
+        value: Any = read_json(HERE / study.name / "corpus.json")
+        for key in rest:
+            value = value[key]
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if what == "pairs":
+        return f"{study.samples[int(rest[0])]:,}"
     if what == "runs":
         return str(len(records))
     if what == "hours":

@@ -76,7 +76,8 @@ def load(target: str | Path) -> Silc:
 
     `target`: the folder of a run or an export; a folder of transformers, open_clip or timm; a file of tensors with its
     settings beside it; a big_vision `.npz`; `hf:owner/name[@revision]`, which downloads, or `owner/name`, which looks
-    in the local cache alone; `small`, the model that comes with silc. ValueError says in one sentence what is missing or does not fit.
+    in the local cache alone; `small`, the model that comes with silc. ValueError says in one sentence what is missing
+    or does not fit.
     """
     opened = open_model(target)
     if opened.library != "silc":

@@ -65,8 +65,10 @@ class Study:
     """Is it for choosing settings? Then it is scored on segment/tuning, which no other study looks at, and those never
     on segment/tuning."""
     head: dict[str, Any] = field(default_factory=dict)
-    """With it, a CAT-Seg head is trained on each cell of `head_samples` and scored: changes of the recipe catseg."""
+    """With it, a CAT-Seg head is trained on cells of `head_samples` and `head_seeds`, and scored: changes of the recipe
+    catseg."""
     head_samples: tuple[int, ...] = ()
+    head_seeds: tuple[int, ...] = (0,)
     begins: bool = False
     """Do all arms begin from a trained model (--start)?"""
 
@@ -76,6 +78,10 @@ class Study:
         if self.baseline not in self.arms:
             other = nearest(self.baseline, self.arms)
             raise ValueError(f"study {self.name}: no arm is called {self.baseline!r}.{other}")
+
+    def head_of(self, cell: Cell) -> dict[str, Any]:
+        """Settings of the cell's head; empty where it gets none."""
+        return self.head if cell.samples in self.head_samples and cell.seed in self.head_seeds else {}
 
     def cells(self) -> list[Cell]:
         """First the first seed of each duration, short ones first: a study that is cut off has said something."""

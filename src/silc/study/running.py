@@ -44,7 +44,7 @@ from silc.study.declared import Cell, Study, config_of, merged
 from silc.train.guard import Halt, Stopped
 from silc.train.log import cpu_name
 from silc.train.loop import train
-from silc.train.prepare import by_name
+from silc.train.prepare import by_name, check_folder
 
 RECORD = "record.json"
 OPEN_VOCABULARY = "catseg/scenes"
@@ -77,7 +77,7 @@ class Job:
         new in silc changes nothing; and not names, folders, devices."""
         mine, usual = by_name(to_dict(self.config)), by_name(to_dict(Config()))
         told = {key: value for key, value in mine.items() if key not in WHEREABOUTS and usual.get(key) != value}
-        head = self.study.head if self.cell.samples in self.study.head_samples else {}
+        head = self.study.head_of(self.cell)
         return hashlib.sha256(json.dumps([told, head, sorted(self.evals)], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -226,10 +226,12 @@ def _end_with_the_study() -> None:
 
 def _one(job: Job) -> dict[str, Any]:
     """Train, score, train a head where the study has one, and tell."""
-    train(job.config)
+    check_folder(job.folder, job.config)
+    if not (job.folder / "export").exists():  # a run that ended needs only what was not asked for then
+        train(job.config)
     device = pick_device(job.config.train.device)
     scores = evaluate(load(str(job.folder)).to(device), job.evals)
-    if job.study.head and job.cell.samples in job.study.head_samples:
+    if job.study.head_of(job.cell):
         scores[OPEN_VOCABULARY] = _with_head(job)
     config = from_dict(Config, read_json(job.folder / "config.json"))
     cost = flops_per_sample(config)
