@@ -159,6 +159,7 @@ HEAD: dict[str, Any] = {
 """A CAT-Seg head for these towers: a quarter of the published widths, 200 steps of 8 pictures of 128 px."""
 FEW = {"globals": 2, "locals": 4}
 ONE = {"globals": 1, "locals": 4}
+LATE = {"weight": 1.0, "start": 0.3}
 MEAN = {"image": {"pool": "mean"}}
 
 
@@ -173,6 +174,8 @@ def main() -> Study:
         "silc-head": Arm("silc", {"views": FEW, "objective": {"teacher": "head"}},
                          "silc, whose teacher averages the head alone"),
         "silc-1g": Arm("silc", {"views": ONE}, "silc with one global view"),
+        "silc-late": Arm("silc", {"views": {"globals": 1, "locals": 2}, "objective": {"distill": LATE}},
+                         "one global and two local views, distillation from 30% of the run on"),
         "siglip2-style": Arm("siglip2-style", {"views": ONE}, "SigLIP, then distillation and masking in the last 20%"),
         "tips-style": Arm("tips-style", {"views": ONE},
                           "head-only EMA, distillation, and masked prediction on all patches"),
@@ -181,7 +184,8 @@ def main() -> Study:
         "softmax to sigmoid": ("siglip", "clip"), "a second view": ("views-only", "clip"),
         "distillation": ("silc", "views-only"), "the whole of SILC": ("silc", "clip"),
         "averaging the tower, not the head alone": ("silc", "silc-head"),
-        "the second global view of SILC": ("silc", "silc-1g"), "masked prediction": ("tips-style", "silc-1g"),
+        "the second global view of SILC": ("silc", "silc-1g"), "starting late, with fewer views": ("silc-late", "silc"),
+        "masked prediction": ("tips-style", "silc-1g"),
     }  # fmt: skip
     return Study(
         "main", "Does self-distillation from an EMA teacher help a CLIP, and does it pay for its FLOPs?", arms,

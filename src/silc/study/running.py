@@ -188,7 +188,7 @@ def _told(study: Study, job: Job) -> str:
     for name in study.scores:
         which, _, metric = name.rpartition(" ")
         if value := scores.get(which, {}).get(metric):
-            told.append(f"{which} {100 * value['value']:.1f}")
+            told.append(f"{which} {metric} {100 * value['value']:.1f}")
     return "  ".join(told)
 
 
