@@ -4,17 +4,19 @@
 
 NAME/text.md is written by hand; where it says `{{gain ARM SAMPLES SET METRIC}}` stands the gain over the baseline at
 equal samples, with `flops` for `gain` that at equal FLOPs, with `score` the arm's own score, with `cost` (ARM SAMPLES)
-its FLOPs as a multiple of the baseline's, `slope` (ARM SET METRIC), `corpus KEY` a fact of NAME/corpus.json, and with
-`runs`, `hours` and `machine` how many there were, how long they trained, and on what. NAME/README.md is that text with
-the figures in it and the tables behind it.
+its FLOPs as a multiple of the baseline's, `slope` (ARM SET METRIC), `corpus KEY` a fact of NAME/corpus.json, `readouts`
+the table of NAME/readouts.jsonl, and with `runs`, `hours` and `machine` how many there were, how long they trained, and
+on what. NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from silc.plain import read_json
@@ -41,6 +43,8 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         for key in rest:
             value = value[key]
         return f"{value:,}" if isinstance(value, int) else str(value)
+    if what == "readouts":
+        return readouts(HERE / study.name / "readouts.jsonl", study)
     if what == "pairs":
         return f"{study.samples[int(rest[0])]:,}"
     if what == "runs":
@@ -63,6 +67,21 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
     found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
              "slope": lambda: slope(one)}[what]()  # fmt: skip
     return told(found)
+
+
+def readouts(raw: Path, study: Study) -> str:
+    """Pixel accuracy (mIoU) by read-out, in percent, mean over seeds."""
+    lines = [json.loads(line) for line in raw.read_text().splitlines()]
+    ways = list(lines[0]["readouts"])
+    table = ["| arm | pairs | seeds | " + " | ".join(ways) + " |", "|---|" + "---:|" * (len(ways) + 2)]
+    for arm in study.arms:
+        for samples in study.samples:
+            mine = [line["readouts"] for line in lines if (line["arm"], line["samples"]) == (arm, samples)]
+            if mine:
+                pairs = [[100 * mean(one[way][m] for one in mine) for m in ("pixel_accuracy", "miou")] for way in ways]
+                cells = [f"{accuracy:.1f} ({miou:.1f})" for accuracy, miou in pairs]
+                table.append(f"| {arm} | {samples:,} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
 
 
 def told(found: Interval | None) -> str:

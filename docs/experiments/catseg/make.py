@@ -179,7 +179,7 @@ def text(runs: dict[str, Any]) -> str:
                 cells.append(f"{100 * statistics.mean(found):.1f}")
         held.append(f"| {name}{' (held out)' if name in UNSEEN else ''} | " + " | ".join(cells) + " |")
     return PAGE.format(table="\n".join(rows), lines="\n".join(lines), classes="\n".join(held), unseen=", ".join(UNSEEN),
-                       side=SIDE, steps=STEPS, batch=BATCH)  # fmt: skip
+                       side=SIDE, steps=STEPS, batch=BATCH, pairs=PAIRS)  # fmt: skip
 
 
 def interval(found: list[float]) -> str:
