@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPES, draw
 from test_loop import command, refused
 from test_opening import TEXTS, model_of
+from tokenizers import Tokenizer as Pieces
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import silc
 from silc import recipes
@@ -187,9 +190,14 @@ def test_the_card_tells_the_run(pairs: Path, tmp_path: Path) -> None:
     assert "license: cc-by-4.0" in second and "Recipe `adapt-10k`" in second and "None recorded" in second
     assert f"Began with: `{run}`" in second
     scores = str(tmp_path / "scores")
-    main(["eval", str(tuned), "--sets", "retrieval", str(pairs), "--out", scores])
+    shapes = tmp_path / "shapes"
+    for shape in SHAPES:
+        (shapes / shape).mkdir(parents=True)
+        draw("red", shape, 40).save(shapes / shape / "0.png")
+    main(["eval", str(tuned), "--sets", "retrieval", str(pairs), "zeroshot", str(shapes), "--out", scores])
     main(["export", str(tuned), "--to", "safetensors", "--out", str(tmp_path / "c"), "--scores", scores])
-    assert "| retrieval | text_to_image_r1 |" in (tmp_path / "c" / "README.md").read_text()
+    third = (tmp_path / "c" / "README.md").read_text()
+    assert "| retrieval | text_to_image_r1 |" in third and "| protocol plain, 3 pictures |" in third
 
 
 # ---------------------------------------------------------------- inspect and push
@@ -246,6 +254,46 @@ def test_inspect_compares_with_open_clip(
     assert "Beside open_clip" in said and "act quick_gelu" in said
     found = table_of(said)
     assert max(found[name] for name in ("image", "text", "logits")) < 1e-4 and found["dense"] < 1e-3
+
+
+def test_inspect_compares_a_checkpoint_of_open_clip_by_its_own_settings(
+    open_clip: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its training leaves one: nested, with the prefix of DDP, the settings in a file of the same name."""
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}
+    settings = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": {"width": 16, "heads": 2, "layers": 2}}
+    settings["quick_gelu"] = True
+    theirs = open_clip.CLIP(**settings)
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "name": "mine", "state_dict": state}, tmp_path / "epoch_3.pt")
+    (tmp_path / "epoch_3.json").write_text(json.dumps(settings))
+    main(["inspect", str(tmp_path / "epoch_3.pt"), "--check"])
+    said = capsys.readouterr().out
+    assert "Beside open_clip:" in said and max(table_of(said)[name] for name in ("image", "text", "logits")) < 1e-4
+
+
+def test_inspect_compares_a_naflex_at_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = pytest.importorskip("transformers")
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {name: i for i, name in enumerate(names)}
+    pieces = Pieces(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    # what transformers' class does whatever the file says
+    pieces.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    pieces.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    pieces.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    words = hf.PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>", pad_token="<pad>",
+                                       unk_token="<unk>", padding_side="right")  # fmt: skip
+    words.save_pretrained(tmp_path)
+    size = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**size, "vocab_size": len(names), "max_position_embeddings": 20, "projection_size": 32}
+    vision = {**size, "patch_size": 8, "num_patches": 16}
+    hf.Siglip2Model(hf.Siglip2Config(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path), "--check"])
+    said = capsys.readouterr().out
+    found = table_of(said)
+    assert "tensors from transformers siglip2" in said and "Beside transformers:" in said and "pixels" not in found
+    assert max(found.values()) < 1e-4 and {"image", "text", "logits", "dense", "dense, not square"} == found.keys()
+    assert "| dense, not square |" in said and said.rstrip().endswith("| 1e-03 |")  # it counts
 
 
 def test_push_uploads_only_an_export_with_a_licence(

@@ -309,6 +309,24 @@ def test_the_head_stays_with_the_model_and_goes_on(run: Path, base: Path, scenes
     assert silc.load(tmp_path / "back").catseg is None  # pretraining has no use for it
 
 
+def test_the_card_of_a_model_with_a_head(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exported(name: str, to: str, *options: str) -> str:
+        main(["export", str(run), "--to", to, "--no-check", "--out", str(tmp_path / name), *options])
+        return (tmp_path / name / "README.md").read_text()
+
+    card = exported("a", "safetensors")
+    assert "48 crops with masks in 12 steps of 4" in card and " pairs" not in card and "contrast" not in card
+    assert "binary cross-entropy" in card and "queries and values of both towers" in card
+    assert "protocol catseg, at the end of the run" in card and "Predictor(model).segment(" in card
+    main(["eval", str(run), "--sets", "segment/scenes", str(scenes), "--out", str(tmp_path / "scores")])
+    card = exported("b", "transformers", "--scores", str(tmp_path / "scores"))
+    assert "| segment/scenes | miou |" in card and "protocol catseg, 8 pictures" in card
+    assert "head is not in this form" in card and "Predictor(model)" not in card
+    assert "has no CAT-Seg head: it is left out" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- protocol
 
 

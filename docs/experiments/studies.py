@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -33,7 +34,17 @@ FIGURE = re.compile(r"\{\{(.*?)\}\}")
 def page(name: str, folder: Path) -> str:
     study, records = declared.get(name), read_records(folder / "records.jsonl")
     text = FIGURE.sub(lambda found: figure(study, records, found[1].split()), (folder / "text.md").read_text())
-    return f"{text.rstrip()}\n\n{markdown(tables(study, records))}"
+    wrapped = "\n\n".join(map(fill, text.strip().split("\n\n")))
+    return f"{wrapped}\n\n{markdown(tables(study, records))}"
+
+
+def fill(part: str) -> str:
+    """A paragraph, or the items of a list, at the width of a page."""
+    if part[:1] in "#|!`":
+        return part
+    items = re.split(r"\n(?=- )", part)
+    return "\n".join(textwrap.fill(one, 118, subsequent_indent="  " * one.startswith("- "), break_on_hyphens=False)
+                     for one in items)  # fmt: skip
 
 
 def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[str]) -> str:

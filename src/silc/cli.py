@@ -328,6 +328,7 @@ def interpolate(args: list[str]) -> None:
 def study(args: list[str]) -> None:
     """Run a grid of recipes, durations and seeds over one corpus, and show what it says; or show it from raw files."""
     from silc.study import declared
+    from silc.study.command import Asked
 
     if not args or args[0] in ("-h", "--help"):
         print("usage: silc study NAME|study.json --drawings FILE --out FOLDER [options]    (again: it goes on)\n")
@@ -335,37 +336,7 @@ def study(args: list[str]) -> None:
         print("\n`silc study NAME --help` lists every option. docs/experiments: how FILE is made, what came out.")
         return
 
-    def run(
-        out: Path,
-        drawings: Path | None = None,
-        records: Path | None = None,
-        processes: int = 1,
-        only: tuple[str, ...] = (),
-        start: str = "",
-    ) -> None:
-        """Run what is not done, then write study.html, results.md, plots, records.jsonl and scores.parquet.
-
-        Args:
-            out: Folder of the study: its corpus, its runs and what is made of them.
-            drawings: File of named drawings, from which the corpus is built (docs/experiments/drawings.py makes it).
-            records: Instead of running: the records.jsonl, or the folder, of a study that ran.
-            processes: Runs at a time; they take turns on the GPUs, or share the CPU's cores.
-            only: Arms to run now; the others stay for later.
-            start: Model from which a study of continued training begins; anything that silc.load opens.
-        """
-        from silc.study.page import summary, write
-        from silc.study.running import read_records, run_from
-
-        asked = declared.get(args[0])
-        if (drawings is None) == (records is None):
-            raise ValueError("give --drawings FILE to run the study, or --records FILE to show one that ran.")
-        if drawings is not None:
-            run_from(asked, drawings, out, processes, start, only)
-        found = read_records(records or out)
-        page = write(asked, found, out)
-        print(f"{summary(found)}; wrote {page}")
-
-    tyro.cli(run, args=args[1:], prog=f"silc study {args[0]}")
+    tyro.cli(Asked, args=args[1:], prog=f"silc study {args[0]}").answer(args[0])
 
 
 def list_recipes(args: list[str]) -> None:

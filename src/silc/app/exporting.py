@@ -17,8 +17,10 @@ from typing import Any, Literal, get_args
 from silc.app import results
 from silc.app.runs import read_run
 from silc.data.tokenizer import Tokenizer
+from silc.eval.protocols import protocol
+from silc.eval.run import find_tasks
 from silc.export import onnx, open_clip, transformers
-from silc.export.card import Facts, card
+from silc.export.card import Facts, card, unit
 from silc.export.check import Peer, Row, compare, table
 from silc.model.silc import Silc
 from silc.opening import Opened, open_model, read_tensors
@@ -105,7 +107,11 @@ def _facts(target: str, name: str, opened: Opened, scores: Path | None, licence:
     if (folder / "metrics.jsonl").is_file():
         config = read_json(folder / "config.json")
         for task, lines in read_run(name, folder).evals.items():
-            how = f"at the end of the run, {lines[-1]['samples']:,} pairs"
+            # as the run scores: by the task's own settings, in which `auto` depends on the model
+            usual = getattr(find_tasks()[task.partition("/")[0]].Config(), "protocol", "")
+            usual = protocol(usual, model=opened.model).name if usual == "auto" else usual
+            how = f"protocol {usual}, " if usual else ""
+            how += f"at the end of the run, {lines[-1]['samples']:,} {unit(config)}"
             found += [(task, k, v, lines[-1]["chance"].get(k), how) for k, v in lines[-1]["metrics"].items()]
     if scores is not None:
         found = _scored(scores)
@@ -117,7 +123,7 @@ def _scored(folder: Path) -> list[tuple[str, str, float, float | None, str]]:
     rows = []
     for name, result in results.read(folder).sets.items():
         details = result["details"]
-        how = [f"protocol {details['protocol']}"] if isinstance(details.get("protocol"), str) else []
+        how = [f"protocol {named}"] if (named := (details.get("protocol") or {}).get("name")) else []
         how += [f"{details['count']:,} pictures"] if details.get("count") else []
         rows += [(name, k, v, result["chance"].get(k), ", ".join(how)) for k, v in result["metrics"].items()]
     return rows

@@ -1,6 +1,6 @@
 """The model card: what a model is, what it was trained on, how good it is, what it is not for. Made of facts alone.
 
-Gives: Facts, card.
+Gives: Facts, card, unit.
 Used by: app/exporting, which collects the facts from the run.
 """
 
@@ -36,6 +36,9 @@ words, = text.run(None, {{"ids": ids}})''',
 model = silc.load("{name}")
 model.encode_image(pixels), model.encode_text(["a dog", "a cat"]), model.encode_dense(pixels)''',
 }
+SEGMENT = '''
+silc.Predictor(model).segment("photo.jpg", ["road", "car", "tree"])     # [H, W], by its CAT-Seg head'''
+TUNED = {"qv": "and the queries and values of both towers", "none": "alone", "all": "and both towers"}
 LIBRARY = {"transformers": "transformers", "open_clip": "open_clip", "onnx": "onnx", "safetensors": "silc"}
 
 
@@ -64,11 +67,11 @@ def card(model: Silc, to: str, facts: Facts, rows: Sequence[Row]) -> str:
     parts = [
         "\n".join([*front, "---"]),
         f"# {facts.name}",
-        _what(model, facts),
-        "## Use\n\n```python\n" + USE[to].format(name=facts.name) + "\n```",
+        _what(model),
+        "## Use\n\n```python\n" + USE[to].format(name=facts.name) + (SEGMENT if headed(model, to) else "") + "\n```",
         "## Training\n\n" + "\n".join(f"- {line}" for line in _training(facts)),
         "## Scores\n\n" + _scores(facts),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(model, facts)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(model, to, facts)),
     ]
     if rows:
         said = f"## Agreement with silc\n\nThis export, opened by {to}, beside the model that it was made from:\n\n"
@@ -76,7 +79,17 @@ def card(model: Silc, to: str, facts: Facts, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _what(model: Silc, facts: Facts) -> str:
+def headed(model: Silc, to: str) -> bool:
+    """Is there a CAT-Seg head in the export? Only silc's own form has room for one."""
+    return model.catseg is not None and to == "safetensors"
+
+
+def unit(config: dict[str, Any]) -> str:
+    """What a run counts as its samples."""
+    return "crops with masks" if config["model"].get("catseg", {}).get("layers") else "pairs"
+
+
+def _what(model: Silc) -> str:
     c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
     kind = {"map": "attention pooling", "cls": "a class token", "mean": "mean pooling"}[c.image.pool]
     return (
@@ -84,6 +97,7 @@ def _what(model: Silc, facts: Facts) -> str:
         f"Pictures: {c.image.image_size} px in patches of {c.image.patch}, {c.image.depth} blocks of width "
         f"{c.image.width}, {kind}; {c.preprocess.resize}, {c.preprocess.interpolation}. Texts: up to {c.text.length} "
         f"tokens, {c.text.depth} blocks of width {c.text.width}. Every patch can be read in the space of the text."
+        + (" It was trained with a CAT-Seg head, which segments by any words." if model.catseg is not None else "")
     )
 
 
@@ -96,14 +110,17 @@ def _training(facts: Facts) -> list[str]:
     if c is None:
         return [*began, "Data, objective and length: not recorded in what was exported."]
     o, t = c["objective"], c["train"]
-    terms = [f"{o['kind']} contrast x {o['contrast']['weight']:g}"]
-    terms += [f"{n} x {o[n]['weight']:g}" for n in ("distill", "masked", "anchor") if o.get(n, {}).get("weight")]
+    if unit(c) == "pairs":
+        terms = [f"{o['kind']} contrast x {o['contrast']['weight']:g}"]
+        terms += [f"{n} x {o[n]['weight']:g}" for n in ("distill", "masked", "anchor") if o.get(n, {}).get("weight")]
+    else:
+        terms = [f"binary cross-entropy of every class at every pixel, of the head {TUNED[c['segment']['tune']]}"]
     steps = max(1, t["samples"] // t["batch"])
     data = ", ".join(f"`{source.rsplit('/', 2)[-1]}`" for source in c["data"]["sources"])
     return [
         *began,
         f"Recipe `{c['recipe']}`: {' + '.join(terms)}.",
-        f"{steps * t['batch']:,} pairs in {steps:,} steps of {t['batch']:,}, seed {c['seed']}.",
+        f"{steps * t['batch']:,} {unit(c)} in {steps:,} steps of {t['batch']:,}, seed {c['seed']}.",
         f"Data: {data or 'not recorded'}. Its licence is not known to silc.",
     ]
 
@@ -118,10 +135,12 @@ def _scores(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _limits(model: Silc, facts: Facts) -> list[str]:
+def _limits(model: Silc, to: str, facts: Facts) -> list[str]:
     sets = {name.partition("/")[0] for name, *_ in facts.scores}
     missing = [task for task in ("zeroshot", "retrieval", "segment") if task not in sets]
     limits = [f"Texts beyond {model.config.text.length} tokens are cut; languages of the captions are not recorded."]
+    if model.catseg is not None and not headed(model, to):
+        limits.append("The model's CAT-Seg head is not in this form of it; scores that need it are of the whole model.")
     if missing:
         limits.append(f"Not scored here: {', '.join(missing)}.")
     limits.append("Not examined for bias, for faces, or for any use in which a wrong answer does harm.")

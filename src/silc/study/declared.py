@@ -159,6 +159,8 @@ HEAD: dict[str, Any] = {
 """A CAT-Seg head for these towers: a quarter of the published widths, 200 steps of 8 pictures of 128 px."""
 FEW = {"globals": 2, "locals": 4}
 ONE = {"globals": 1, "locals": 4}
+LEAN = {"globals": 1, "locals": 1, "local_scale": [0.1, 0.6]}
+SHALLOW = {**TINY["objective"]["prototypes"], "layers": 2}
 LATE = {"weight": 1.0, "start": 0.3}
 MEAN = {"image": {"pool": "mean"}}
 
@@ -176,6 +178,8 @@ def main() -> Study:
         "silc-1g": Arm("silc", {"views": ONE}, "silc with one global view"),
         "silc-late": Arm("silc", {"views": {"globals": 1, "locals": 2}, "objective": {"distill": LATE}},
                          "one global and two local views, distillation from 30% of the run on"),
+        "silc-lean": Arm("silc", {"views": LEAN, "objective": {"momentum": 0.966, "prototypes": SHALLOW}},
+                         "one global and one larger local view, a faster teacher, a head of two layers"),
         "siglip2-style": Arm("siglip2-style", {"views": ONE}, "SigLIP, then distillation and masking in the last 20%"),
         "tips-style": Arm("tips-style", {"views": ONE},
                           "head-only EMA, distillation, and masked prediction on all patches"),
@@ -185,6 +189,7 @@ def main() -> Study:
         "distillation": ("silc", "views-only"), "the whole of SILC": ("silc", "clip"),
         "averaging the tower, not the head alone": ("silc", "silc-head"),
         "the second global view of SILC": ("silc", "silc-1g"), "starting late, with fewer views": ("silc-late", "silc"),
+        "a lean SILC": ("silc-lean", "clip"),
         "masked prediction": ("tips-style", "silc-1g"),
     }  # fmt: skip
     return Study(
@@ -202,7 +207,6 @@ def search() -> Study:
     def late(start: float) -> dict[str, float]:
         return {"weight": 1.0, "start": start}
 
-    shallow = {**TINY["objective"]["prototypes"], "layers": 2}
     arms = {
         "clip": Arm("clip", {}, "the baseline"),
         "silc-1g": silc("silc with one global view; the arms below change it"),
@@ -222,7 +226,7 @@ def search() -> Study:
         "both": silc("the text aligned with the whole picture and the crop", contrast_views="both"),
         "global": silc("two global views, each distilled into the other", {"globals": 2}, global_to_global=True),
         "colour": silc("DINO's colour augmentation", {"photometric": "dino"}),
-        "shallow": silc("a head of two layers instead of three", prototypes=shallow),
+        "shallow": silc("a head of two layers instead of three", prototypes=SHALLOW),
         "large-locals": silc("local views of 10 to 60% of the picture", {"local_scale": [0.1, 0.6]}),
     }  # fmt: skip
     return Study(

@@ -207,6 +207,9 @@ def _plot(study: Study, found: Sequence[Row], score: str, out: Path) -> Path:
     """Three panels: the score against samples, FLOPs and time; a line an arm, whiskers from lowest to highest seed."""
     known = series(found, score)
     chance = next((row.chance for row in found if f"{row.set} {row.metric}" == score), None)
+    path = out / f"{score.replace('/', '-').replace(' ', '-')}.png"
+    if len({row.samples for row in found}) == 1:
+        return _dots(study, known, score, chance, path)
 
     def draw(figure: Any, theme: plots.Theme) -> None:
         from matplotlib.ticker import NullLocator
@@ -238,8 +241,34 @@ def _plot(study: Study, found: Sequence[Row], score: str, out: Path) -> Path:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=min(9, len(labels)), frameon=False, fontsize=8)
 
-    name = score.replace("/", "-").replace(" ", "-")
-    return plots.save(out / f"{name}.png", 11.0, 3.7, draw)
+    return plots.save(path, 11.0, 3.7, draw)
+
+
+def _dots(study: Study, known: Mapping[str, Series], score: str, chance: float | None, path: Path) -> Path:
+    """Where there is one duration: a row an arm, a dot a seed, the baseline's mean as a line."""
+    arms = [arm for arm in study.arms if arm in known][::-1]
+
+    def draw(figure: Any, theme: plots.Theme) -> None:
+        axes = figure.add_axes((0.2, 0.55 / height, 0.77, 1 - 1.05 / height))
+        for row, arm in enumerate(arms):
+            values = [100 * value for of in known[arm].values.values() for value in of.values()]
+            colour = theme.ink if arm == study.baseline else theme.runs[0]
+            axes.plot(values, [row] * len(values), "o", ms=5, color=colour)
+        base = known.get(study.baseline)
+        if base is not None:
+            axes.axvline(100 * base.mean(base.durations[0]), color=theme.ink, lw=0.9)
+        if chance is not None:
+            axes.axvline(100 * chance, color=theme.muted, lw=0.9, ls=(0, (4, 3)))
+        axes.set_yticks(range(len(arms)), arms, fontsize=8.5)
+        axes.set_xlim(left=0)
+        axes.grid(color=theme.rule, lw=0.6)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(length=0)
+        figure.text(0.012, 1 - 0.13 / height, f"{_named(score)}, %", va="top", fontsize=10.5, fontweight="bold")
+
+    height = 1.1 + 0.24 * len(arms)
+    return plots.save(path, 7.0, height, draw)
 
 
 def _count(value: float) -> str:
@@ -255,27 +284,34 @@ def _health_plot(study: Study, records: Records, out: Path) -> Path | None:
     if not arms:
         return None
 
+    columns = min(6, len(arms))
+    lines = -(-len(arms) // columns)
+    # logged at equal distances up to the end; a term that starts late has fewer
+    most = {n: max(len(r["health"]["entropy"]) for r in records if r["samples"] == n and r["health"])
+            for n in {r["samples"] for r in records if r["health"]}}  # fmt: skip
+
     def draw(figure: Any, theme: plots.Theme) -> None:
-        wide = 0.94 / len(arms)
         for number, arm in enumerate(arms):
-            axes = figure.add_axes((0.05 + number * wide, 0.2, wide * 0.86, 0.58))
-            for r in records:
-                if r["arm"] == arm and r["health"]:
-                    y = r["health"]["entropy"]
-                    x = [0.1 + 0.9 * (i + 1) / len(y) for i in range(len(y))]
-                    slot = sorted(study.samples).index(r["samples"]) if r["samples"] in study.samples else 0
-                    axes.plot(x, y, lw=0.9, color=theme.runs[slot % len(theme.runs)])
+            column, line = number % columns, number // columns
+            axes = figure.add_axes((0.045 + column * 0.95 / columns, 1 - (0.85 + 1.6 * line + 1.05) / height,
+                                    0.95 / columns * 0.86, 1.05 / height))  # fmt: skip
+            for r in (r for r in records if r["arm"] == arm and r["health"]):
+                y, gap = r["health"]["entropy"], 0.9 / most[r["samples"]]
+                slot = sorted(most).index(r["samples"])
+                x = [1 - gap * (len(y) - 1 - i) for i in range(len(y))]
+                axes.plot(x, y, lw=0.9, color=theme.runs[slot % len(theme.runs)])
+            axes.set_xlim(0, 1.02)
             axes.set_ylim(0, 1)
             axes.axhspan(0.1, 0.9, color=theme.good, alpha=0.06, lw=0)
             axes.set_title(arm, fontsize=8.5, loc="left")
-            axes.tick_params(labelsize=7.5, labelleft=number == 0)
-            axes.set_xlabel("share of the run", fontsize=8)
+            axes.tick_params(labelsize=7.5, labelleft=column == 0, labelbottom=number + columns >= len(arms))
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
-        figure.text(0.012, 0.96, "Entropy of the teacher's targets / ln K, a line a run, a colour a duration", va="top",
-                    fontsize=10.5, fontweight="bold")  # fmt: skip
+        figure.text(0.012, 1 - 0.12 / height, "Entropy of the teacher's targets / ln K by share of the run; a line a "
+                    "run, a colour a duration", va="top", fontsize=10.5, fontweight="bold")  # fmt: skip
 
-    return plots.save(out / "teacher-entropy.png", 11.0, 2.9, draw)
+    height = 0.75 + 1.6 * lines
+    return plots.save(out / "teacher-entropy.png", 11.0, height, draw)
 
 
 def summary(records: Records) -> str:
