@@ -2,11 +2,12 @@
 
     python docs/experiments/studies.py [NAME ...]      all of main, search, continued whose records.jsonl is here
 
-NAME/text.md is written by hand; where it says `{{gain ARM SAMPLES SET METRIC}}` stands the gain over the baseline at
-equal samples, with `flops` for `gain` that at equal FLOPs, with `score` the arm's own score, with `cost` (ARM SAMPLES)
-its FLOPs as a multiple of the baseline's, `slope` (ARM SET METRIC), `corpus KEY` a fact of NAME/corpus.json, `readouts`
-the table of NAME/readouts.jsonl, and with `runs`, `hours` and `machine` how many there were, how long they trained, and
-on what. NAME/README.md is that text with the figures in it and the tables behind it.
+NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the baseline
+at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is ahead, `score` the
+arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM SET METRIC` its rise for each
+doubling, `corpus KEY` a fact of NAME/corpus.json, `readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and
+`machine` tell how many there were, how long they trained, and on what. NAME/README.md is that text with the figures in
+it and the tables behind it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
     one, base, n = known[arm], known[study.baseline], int(samples)
     if what == "score":
         return f"{100 * one.mean(n):.1f}"
+    if what == "wins":
+        ours, theirs = one.values[n], base.values[n]
+        shared = ours.keys() & theirs.keys()
+        return f"{sum(ours[seed] > theirs[seed] for seed in shared)} of {len(shared)}"
     found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
              "slope": lambda: slope(one)}[what]()  # fmt: skip
     return told(found)

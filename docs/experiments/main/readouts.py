@@ -1,6 +1,6 @@
 """Segmentation by other read-outs: the towers of `silc study main` as they are, patches read in four ways.
 
-    python docs/experiments/main/readouts.py OUT     OUT is the study's folder; writes readouts.jsonl beside this file
+    python docs/experiments/main/readouts.py OUT [ARM ...]     OUT is the study's folder; writes readouts.jsonl
 
 Protocol whole-image on segment/scenes but for the read-out (`ImageTower.dense` says what each is).
 """
@@ -24,11 +24,13 @@ HERE = Path(__file__).parent
 WAYS = ("tokens", "value", "sclip", "clearclip")
 
 
-def main(out: Path) -> None:
+def main(out: Path, arms: list[str]) -> None:
     torch.set_num_threads(1)
     scenes = next((out / "corpus").glob("*/segment-scenes"))
     lines = []
     for record in read_records(out):
+        if arms and record["arm"] not in arms:
+            continue
         key = f"{record['arm']}-{record['samples']}-s{record['seed']}"
         model, found = load(out / "runs" / key), {}
         for way in WAYS:
@@ -41,4 +43,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) > 1 else sys.exit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2:]) if len(sys.argv) > 1 else sys.exit(__doc__)
