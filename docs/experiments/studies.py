@@ -2,12 +2,12 @@
 
     python docs/experiments/studies.py [NAME ...]      all of main, search, continued whose records.jsonl is here
 
-NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the baseline
-at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is ahead, `score` the
-arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM SET METRIC` its rise for each
-doubling, `corpus KEY` a fact of NAME/corpus.json, `readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and
-`machine` tell how many there were, how long they trained, and on what. NAME/README.md is that text with the figures in
-it and the tables behind it.
+NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
+baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is
+ahead, `score` the arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM
+SET METRIC` its rise for each doubling, `corpus KEY` a fact of NAME/corpus.json, `readouts` the table of
+NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were, how long they trained, and on what.
+NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
 from __future__ import annotations
