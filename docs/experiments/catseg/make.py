@@ -114,8 +114,8 @@ def page(folder: Path) -> None:
         runs = {f"{t}-{s}": json.loads((folder / f"{t}-{s}.json").read_text()) for t in TOWERS for s in SEEDS}
         (HERE / "figures.json").write_text(json.dumps(runs, indent=1) + "\n")
         raw = {name: (folder / name / "metrics.jsonl").read_text() for name in runs}
-        for name, text in raw.items():
-            (HERE / f"{name}.jsonl").write_text(text)
+        for name, lines in raw.items():
+            (HERE / f"{name}.jsonl").write_text(lines)
         settings = config(Path("FOLDER"), Path("TOWERS"), "silc", 0)
         save_json(HERE / "config.json", settings)
         overlays(folder)
