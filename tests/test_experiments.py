@@ -6,6 +6,8 @@ Used by: pytest.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -51,3 +53,12 @@ def test_every_record_is_of_a_cell_that_the_study_declares(name: str) -> None:
     cells = {(cell.arm, cell.samples, cell.seed) for cell in declared.get(name).cells()}
     found = [(r["arm"], r["samples"], r["seed"]) for r in read_records(HOUSE / name / "records.jsonl")]
     assert len(set(found)) == len(found) and set(found) <= cells
+
+
+def test_the_catseg_page_is_what_its_figures_say() -> None:
+    spec = importlib.util.spec_from_file_location("catseg_make", HOUSE / "catseg" / "make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    figures = json.loads((HOUSE / "catseg" / "figures.json").read_text())
+    assert (HOUSE / "catseg" / "README.md").read_text() == make.text(figures)

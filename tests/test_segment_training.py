@@ -476,13 +476,15 @@ def lying(file: Path) -> None:
 
 def test_frames_of_a_video(run: Path, scenes: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="av is not installed: pip install 'silc[video]'")
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 72, 64, "yuv420p"
-        for i in range(4):
-            pixels = np.asarray(Image.open(scenes / "val" / "images" / f"{i}.png"))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    for name in ("clip.mp4", "clip.mkv"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 72, 64, "yuv420p"
+            for i in range(4):
+                pixels = np.asarray(Image.open(scenes / "val" / "images" / f"{i}.png"))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(None))
+        assert _video(tmp_path / name, 3)[1] == 2
     main(["segment", str(tmp_path / "clip.mp4"), "red, blue", "--model", str(run), "--out", str(tmp_path / "o")])
     assert len(list((tmp_path / "o" / "clip").glob("*.labels.png"))) == 4
     straight = np.asarray(next(_video(tmp_path / "clip.mp4", 1)[0])[1])

@@ -1,6 +1,6 @@
 """Makes the pages of the studies from their raw files: tables, plots, and the figures within the text.
 
-    python docs/experiments/studies.py [NAME ...]      all of main, search, continued whose records.jsonl is here
+    python docs/experiments/studies.py [NAME ...]      all of main, search, added whose records.jsonl is here
 
 NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
 baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is
@@ -44,7 +44,7 @@ def fill(part: str) -> str:
     if part[:1] in "#|!`":
         return part
     items = re.split(r"\n(?=- )", part)
-    return "\n".join(textwrap.fill(one, 118, subsequent_indent="  " * one.startswith("- "), break_on_hyphens=False)
+    return "\n".join(textwrap.fill(" ".join(one.split()), 118, subsequent_indent="  " * one.startswith("- "), break_on_hyphens=False)
                      for one in items)  # fmt: skip
 
 

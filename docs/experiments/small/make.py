@@ -1,6 +1,7 @@
 """Trains the model that silc comes with, scores it, and writes it to src/silc/small with its model card.
 
     python docs/experiments/small/make.py DRAWINGS.jsonl.xz PHOTOGRAPHS FOLDER [SAMPLES]
+    python docs/experiments/small/make.py page          README.md from figures.json
 
 DRAWINGS is the file that docs/experiments/drawings.py makes. PHOTOGRAPHS holds `caltech101` (train and test as class
 folders) and, to be looked at alone, `camvid` and `coco128`. Trained on composed scenes of drawings and on Caltech's
@@ -113,7 +114,24 @@ def main(drawings: Path, root: Path, folder: Path, samples: int) -> None:
     print(f"wrote {TARGET}: {sum(p.numel() for p in load(TARGET).parameters()):,} parameters")
 
 
+def page() -> str:
+    f = read_json(HERE / "figures.json")
+    corpus, photos = f["corpus"], f["photographs"]
+    rows = [f"| {name} | {metric} | {100 * value:.1f} | {'' if chance is None else f'{100 * chance:.1f}'} |"
+            for name, metrics in f["scores"].items() for metric, (value, chance) in metrics.items()]  # fmt: skip
+    return (HERE / "page.md").read_text().format(
+        samples=f["samples"], scenes=corpus["counts"]["scenes"], names=corpus["counts"]["names_trained_on"],
+        drawings=corpus["rendered"], left=corpus["near_duplicates_left_out"], share=100 * SHARE, rows="\n".join(rows),
+        bytes=(TARGET / "model.safetensors").stat().st_size / 1e6, photographs=photos["photographs"],
+        licences=", ".join(f"{n:,} {name}" for name, n in sorted(corpus["licences"].items(), key=lambda x: -x[1])),
+        near=photos["near_duplicates_left_out"], compared=photos["compared_with"],
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["page"]:
+        (HERE / "README.md").write_text(page())
+        sys.exit()
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     main(*(Path(word) for word in sys.argv[1:4]), int(sys.argv[4]) if len(sys.argv) > 4 else 600_000)

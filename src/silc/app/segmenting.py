@@ -165,4 +165,7 @@ def _video(source: Path, every: int) -> tuple[Iterator[tuple[str, Picture]], int
                 # a phone that was held upright writes lying frames, and how far to turn them back
                 yield np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90))
 
-    return _numbered(source, frames(), every), -(-stream.frames // every)
+    # a Matroska file does not count its frames
+    seconds = (container.duration or 0) / av.time_base
+    count = stream.frames or round(seconds * float(stream.average_rate or 0))
+    return _numbered(source, frames(), every), -(-count // every)

@@ -237,7 +237,7 @@ def search() -> Study:
     )  # fmt: skip
 
 
-def continued() -> Study:
+def added() -> Study:
     """SILC added to a trained CLIP: how many pairs until the dense gain, and what it costs in zero-shot."""
     plain = {"objective": {"distill": {"weight": 0.0}}, "views": {"locals": 0}, "init": {"freeze": 0.0}}
     arms = {
@@ -250,13 +250,13 @@ def continued() -> Study:
     own = {"init": {"image_lr": 1.0, "text_lr": 1.0}, "objective": {"anchor": {"weight": 0.0}}, "optim": {"lr": 1e-3}}
     common = merged({name: part for name, part in TINY.items() if name != "model"}, {"views": ONE}, own)
     return Study(
-        "continued", "How many pairs of SILC until a trained CLIP's dense score rises, and what does zero-shot pay?",
+        "added", "How many pairs of SILC until a trained CLIP's dense score rises, and what does zero-shot pay?",
         arms, samples=(6_144, 12_288, 24_576, 49_152), seeds=((0,), (0, 1, 2), (0, 1, 2), (0,)), common=common,
         parts={"SILC": ("silc", "clip"), "the anchor": ("silc-anchored", "silc")}, begins=True,
     )  # fmt: skip
 
 
-STUDIES: tuple[Callable[[], Study], ...] = (main, search, continued)
+STUDIES: tuple[Callable[[], Study], ...] = (main, search, added)
 
 
 def get(name: str) -> Study:
