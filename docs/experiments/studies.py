@@ -44,7 +44,8 @@ def fill(part: str) -> str:
     if part[:1] in "#|!`":
         return part
     items = re.split(r"\n(?=- )", part)
-    return "\n".join(textwrap.fill(" ".join(one.split()), 118, subsequent_indent="  " * one.startswith("- "), break_on_hyphens=False)
+    width = {"width": 118, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(" ".join(one.split()), subsequent_indent="  " * one.startswith("- "), **width)
                      for one in items)  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def evaluate(args: list[str]) -> None:
 
         Args:
             model: Anything that silc.load opens: a run, an export, a folder or file of another library, hf:owner/name.
-            suite: photographs, quickstart, paper, or a JSON file of your own; needs --data.
+            suite: photographs, quickstart, paper, catseg, or a JSON file of your own; needs --data.
             data: The folder below which the sets of the suite lie.
             sets: Pairs of task and folder: `--sets zeroshot pets/ retrieval coco/`; label a task as `zeroshot/pets`.
             out: Folder for the results, a JSON each, and the report card.
@@ -275,7 +275,7 @@ def segment(args: list[str]) -> None:
             how: The protocol; auto: catseg for a model with a head, else whole-image. Also tcl, tips, maskclip, ...
             background: Pixels whose best score (0 to 1) is lower belong to no class, and are black.
             arrays: Write all scores too, NAME.npy: float16 [classes, height, width].
-            every: Of an animation or video, each so-manieth frame.
+            every: Of an animation or video, every Nth frame.
             device: auto, cpu, cuda or cuda:1.
         """
         from silc.app.segmenting import segment as write
