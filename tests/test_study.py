@@ -197,7 +197,10 @@ def test_a_study_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(ran:
 
 
 @pytest.mark.slow
-def test_a_head_is_trained_where_asked_and_a_failing_run_costs_only_itself(ran: Path, tmp_path: Path) -> None:
+def test_a_head_is_trained_where_asked_and_a_failing_run_costs_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("resvg_py", reason="resvg is not installed: pip install 'silc[quickstart]'")
     from unittest.mock import patch
 
     write_drawings(tmp_path)
@@ -218,6 +221,8 @@ def test_a_head_is_trained_where_asked_and_a_failing_run_costs_only_itself(ran: 
     assert [r["arm"] for r in records] == ["clip"] and 0 <= records[0]["scores"]["catseg/scenes"]["miou"]["value"] <= 1
     log = tmp_path / "out" / "runs" / "bad-64-s0.txt"
     assert "the sigmoid loss needs a bias" in log.read_text()
+    told = capsys.readouterr()
+    assert f"failed, see {log}" in told.out and f"{log} says why" in told.err
 
 
 @pytest.mark.parametrize(("options", "message"), [

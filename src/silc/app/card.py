@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
 
 from silc.app.grids import mask_colours
-from silc.app.plots import DARK, LIGHT
+from silc.app.pages import template
 from silc.app.results import Outcome, read
 from silc.app.runs import duration, interval, is_share, metric_name, number, primary, score, set_names, span, times
 from silc.app.thumbs import data_uri, painted, thumb, view
@@ -40,11 +39,9 @@ def build(folder: Path, title: str = "") -> Path:
     told = read(folder)
     missing = [(name, f"not found: {where}") for name, where in told.about.get("skipped", {}).items()]
     missing += list(told.about.get("failed", {}).items())
-    page = jinja2.Environment(loader=jinja2.PackageLoader("silc.app"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    html = page.get_template("card.html").render(
+    html = template("card.html").render(
         title=title or _title(told), about=told.about.get("suite_about", ""), tiles=_tiles(told), missing=missing,
-        groups=[_rows(name, one) for name, one in told.sets.items()], facts=_facts(told), light=LIGHT, dark=DARK,
+        groups=[_rows(name, one) for name, one in told.sets.items()], facts=_facts(told),
         chapters=[_chapter(name, one) for name, one in told.sets.items()])
     path = told.folder / "card.html"
     path.write_text(html, encoding="utf-8")

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from silc.app import plots
+from silc.app.pages import template
 from silc.app.runs import (
     Run,
     about,
@@ -240,10 +241,7 @@ def build(runs: dict[str, Path], out: Path, sections: Sequence[Section], phases:
     the runs are. The page needs neither network nor scripts.
     Raises ValueError for a missing run or picture, or if jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise ValueError('the report needs jinja2: pip install "silc[quickstart]".') from None
+    page = template("report.html")
     if not runs:
         raise ValueError("the report needs at least one run folder.")
     told = [read_run(name, Path(folder)) for name, folder in runs.items()]
@@ -256,13 +254,11 @@ def build(runs: dict[str, Path], out: Path, sections: Sequence[Section], phases:
     time = _time(phases, told)
     contents = [("results", "Results")] * bool(rows) + [(c["id"], c["title"]) for c in (*shown, *chapters, *rest)]
     contents += [("time", "Time")] * bool(time["phases"]) + [("facts", "Facts"), ("settings", "Settings")]
-    page = jinja2.Environment(loader=jinja2.PackageLoader("silc.app"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    html = page.get_template("report.html").render(
+    html = page.render(
         title=title, summary=summary, lede=_lede(told, bool(shown)), runs=told, rows=rows, tiles=_tiles(rows),
         spans=any(s["span"] for row in rows for s in row["scores"]), chapters=chapters, contents=contents, shown=shown,
         rest=rest, time=time, about=about(told), differences=differences(told), facts=all_facts(told, facts),
-        configs=[json.dumps(to_dict(run.config), indent=2) for run in told], light=plots.LIGHT, dark=plots.DARK)
+        configs=[json.dumps(to_dict(run.config), indent=2) for run in told])
     path = out / "report.html"
     path.write_text(html, encoding="utf-8")
     return path

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import jinja2
-
 from silc.app import plots
+from silc.app.pages import template
 from silc.app.runs import duration, metric_name, short_count
 from silc.study.analysis import Interval, Row, Series, gain, gain_at_equal_flops, rows, series, slope
 from silc.study.declared import Study
@@ -53,11 +53,8 @@ def write(study: Study, records: Records, out: Path) -> Path:
         pictures.append(health)
     made = tables(study, ordered)
     (out / "results.md").write_text(markdown(made))
-    page = jinja2.Environment(loader=jinja2.PackageLoader("silc.app"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
     shown = [{"light": _inline(path), "dark": _inline(plots.dark_twin(path)), "alt": path.stem} for path in pictures]
-    html = page.get_template("study.html").render(study=study, tables=made, pictures=shown, light=plots.LIGHT,
-                                                  dark=plots.DARK, runs=len(ordered))  # fmt: skip
+    html = template("study.html").render(study=study, tables=made, pictures=shown, runs=len(ordered))
     (out / "study.html").write_text(html, encoding="utf-8")
     return out / "study.html"
 
@@ -122,7 +119,7 @@ def _scores(study: Study, records: Records, found: Sequence[Row]) -> Table:
         for samples in sorted({r["samples"] for r in records if r["arm"] == arm}):
             mine = [r for r in records if (r["arm"], r["samples"]) == (arm, samples)]
             cost = f"{mine[0]['flops'] / base[samples]:.2f}" if samples in base else "–"
-            rate = sorted(r["images_per_s"] for r in mine)[len(mine) // 2]
+            rate = median(r["images_per_s"] for r in mine)
             cells = [_cell(known.get(arm), samples) for known in all_series.values()]
             body.append([arm, short_count(samples), str(len(mine)), *cells, cost, f"{rate:.0f}"])
     chances = {f"{row.set} {row.metric}": row.chance for row in found}

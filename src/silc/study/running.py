@@ -72,6 +72,11 @@ class Job:
         return Path(self.config.out)
 
     @property
+    def log(self) -> Path:
+        """Beside the run's folder, into which it moves once all is well."""
+        return self.folder.with_name(f"{self.cell.key}.txt")
+
+    @property
     def asked(self) -> str:
         """Digest of the settings that decide the result: those that are not the defaults, so that a setting which is
         new in silc changes nothing; and not names, folders, devices."""
@@ -123,7 +128,7 @@ def run(study: Study, corpus: Corpus, out: Path, processes: int, start: str = ""
                 failed += [job] if process.exitcode else []
                 spent = time.monotonic() - began
                 left = duration(spent / finished * (whole - finished)) if finished < whole else "done"
-                said = f"failed, see {job.folder / 'log.txt'}" if process.exitcode else _told(study, job)
+                said = f"failed, see {job.log}" if process.exitcode else _told(study, job)
                 took = duration(time.monotonic() - since)
                 print(f"{job.cell.key}: {said}  ({took}; {len(waiting)} waiting, ETA {left})", flush=True)
     finally:
@@ -133,7 +138,7 @@ def run(study: Study, corpus: Corpus, out: Path, processes: int, start: str = ""
             process.join()
     if failed:
         raise Halt(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.cell.key for job in failed[:5])}. "
-                   "Their log.txt says why; the same command runs them again.")  # fmt: skip
+                   f"{failed[0].log} says why; the same command runs them again.")  # fmt: skip
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
@@ -200,8 +205,7 @@ def _work(job: Job) -> None:
     if job.card:  # before CUDA starts in this process
         os.environ["CUDA_VISIBLE_DEVICES"] = job.card
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = job.folder.parent / f"{job.cell.key}.txt"
-    with log.open("a") as file:
+    with job.log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -212,7 +216,7 @@ def _work(job: Job) -> None:
     part = job.folder / f".{RECORD}"
     part.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, job.folder / RECORD)
-    log.replace(job.folder / "log.txt")
+    job.log.replace(job.folder / "log.txt")
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
 
 
