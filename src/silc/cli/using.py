@@ -1,0 +1,78 @@
+"""Verbs for pictures and words: what a model is for.
+
+Gives: heatmap, segment.
+Used by: the command line's table of verbs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def heatmap(args: list[str]) -> None:
+    """Show where a picture matches each text."""
+
+    def run(
+        model: tyro.conf.Positional[str],
+        image: tyro.conf.Positional[Path],
+        text: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])],
+        out: Path = Path("heatmap.png"),
+        how: str = "whole-image",
+    ) -> None:
+        """Draw the patch-text map of a picture for each text, side by side.
+
+        Args:
+            model: Anything that silc.load opens.
+            image: A picture.
+            text: What to look for: `-t "a red apple" "a dog"`.
+            out: The PNG to write.
+            how: The segmentation protocol whose size, windows and read-out are used: whole-image, tcl, tips, ...
+        """
+        from silc.app.overlays import overlay_heatmap
+        from silc.opening import load
+        from silc.predict import Predictor
+
+        maps = Predictor(load(model)).heatmap(image, list(text), how=how)
+        overlay_heatmap(image, maps, text).save(out)
+        print(f"wrote {out}")
+
+    tyro.cli(run, args=args, prog="silc heatmap")
+
+
+def segment(args: list[str]) -> None:
+    """Say which of some classes every pixel of a picture, a folder or a video belongs to."""
+
+    def run(
+        source: tyro.conf.Positional[Path],
+        classes: tyro.conf.Positional[str],
+        model: str,
+        out: Path = Path("segmented"),
+        how: str = "auto",
+        background: float | None = None,
+        arrays: bool = False,
+        every: int = 1,
+        device: str = "auto",
+    ) -> None:
+        """Write, for every picture, an overlay with legend, a label map (PNG with palette), and scores by class (JSON).
+
+        Args:
+            source: A picture, a folder of pictures, an animation, or a video (needs silc[video]).
+            classes: What to look for, in your own words, with commas: "road, car, tree".
+            model: Anything that silc.load opens; one with a CAT-Seg head uses it, any other goes without training.
+            out: Folder for NAME.png, NAME.labels.png and NAME.json.
+            how: The protocol; auto: catseg for a model with a head, else whole-image. Also tcl, tips, maskclip, ...
+            background: Pixels whose best score (0 to 1) is lower belong to no class, and are black.
+            arrays: Write all scores too, NAME.npy: float16 [classes, height, width].
+            every: Of an animation or video, every Nth frame.
+            device: auto, cpu, cuda or cuda:1.
+        """
+        from silc.app.segmenting import segment as write
+
+        labels = [label.strip() for label in classes.split(",") if label.strip()]
+        done = write(model, source, labels, out, how, background, arrays, every, device)
+        print(f"wrote {done} picture{'s' * (done != 1)} to {out}: NAME.png (overlay), NAME.labels.png, NAME.json")
+
+    tyro.cli(run, args=args, prog="silc segment")
