@@ -32,6 +32,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "compare": measuring.compare,
     "heatmap": using.heatmap,
     "segment": using.segment,
+    "search": using.search,
     "interpolate": measuring.interpolate,
     "export": models.export,
     "inspect": models.inspect,

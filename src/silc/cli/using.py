@@ -1,6 +1,6 @@
 """Verbs for pictures and words: what a model is for.
 
-Gives: heatmap, segment.
+Gives: heatmap, segment, search.
 Used by: the command line's table of verbs.
 """
 
@@ -76,3 +76,40 @@ def segment(args: list[str]) -> None:
         print(f"wrote {done} picture{'s' * (done != 1)} to {out}: NAME.png (overlay), NAME.labels.png, NAME.json")
 
     tyro.cli(run, args=args, prog="silc segment")
+
+
+def search(args: list[str]) -> None:
+    """Find pictures in a folder by words, or by another picture."""
+
+    def run(
+        folder: tyro.conf.Positional[Path],
+        queries: tyro.conf.Positional[tuple[str, ...]],
+        model: str,
+        top: int = 10,
+        out: Path | None = None,
+        cache: Path | None = None,
+        device: str = "auto",
+        batch: int = 64,
+    ) -> None:
+        """Rank the pictures of a folder by how well they fit each query: `silc search photos/ "a red apple" --model M`.
+
+        The first search looks at every picture; later ones look only at what is new or changed. Nothing is written into
+        the folder. Pictures that cannot be read are told and left out.
+
+        Args:
+            folder: Your pictures; folders in it are searched too, but not hidden ones, nor links to folders.
+            queries: One or more: words ("a red apple"), or picture files to search by their look (other.jpg).
+            model: Anything that silc.load opens; `small` comes with silc.
+            top: How many pictures to show for each query.
+            out: Folder for search.html, a page with thumbnails, and results.json.
+            cache: Folder that keeps what was embedded; without it, $XDG_CACHE_HOME/silc/search or ~/.cache/silc/search.
+            device: auto, cpu, cuda or cuda:1.
+            batch: Pictures that the model looks at together.
+        """
+        from silc.app.search_command import search as find
+
+        find(model, folder, queries, top, out, cache, device, batch)
+        if out:
+            print(f"wrote {out / 'search.html'} and {out / 'results.json'}")
+
+    tyro.cli(run, args=args, prog="silc search")

@@ -1,7 +1,7 @@
 """Features of pictures and texts, in batches, on the model's device; a set is embedded once however many tasks read it.
 
-Gives: evaluating (eval mode for a while), Progress, image_batches, embed_images, embed_texts, Features.
-Used by: every evaluation task, prompts, predict.
+Gives: evaluating (eval mode for a while), Progress, image_batches, embed_images, embed_texts, Features, settings.
+Used by: every evaluation task, prompts, predict, app/searching.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from silc.config import PreprocessConfig
-from silc.data.images import normalise, preprocess
+from silc.data.images import BadSample, normalise, preprocess
 from silc.model.silc import Silc
 from silc.parallel import World, gather
 from silc.plain import to_dict
@@ -80,11 +80,14 @@ class Progress:
         print(f"\r{text:<78}" if self.live else text, end=end, file=sys.stderr, flush=True)
 
 
-def image_batches(pictures: Pictures, cfg: PreprocessConfig, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(
+    pictures: Pictures, cfg: PreprocessConfig, batch: int, bad: Callable[[int, BadSample], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(pixels uint8 [batch, 3, size, size], mask bool [batch]) over all pictures, in order.
 
     All batches have one shape: the last is padded with zeros, and the mask says what is real. Pictures are decoded by
-    threads, a batch ahead. Raises what reading a picture raises.
+    threads, a batch ahead. Raises what reading a picture raises; with `bad`, that is told of a BadSample and its index,
+    the mask leaves the picture out, and the others go on.
     """
     def read(index: int) -> Tensor:
         return preprocess(pictures.image(index), cfg)
@@ -97,9 +100,16 @@ def image_batches(pictures: Pictures, cfg: PreprocessConfig, batch: int) -> Iter
             stop = start + batch
             coming = [pool.submit(read, i) for i in range(stop, min(stop + batch, len(pictures)))]
             pixels = torch.zeros(batch, 3, cfg.size, cfg.size, dtype=torch.uint8)
+            mask = torch.arange(batch) < len(ready)
             for row, job in enumerate(ready):
-                pixels[row] = job.result()
-            yield pixels, torch.arange(batch) < len(ready)
+                try:
+                    pixels[row] = job.result()
+                except BadSample as error:
+                    if bad is None:
+                        raise
+                    bad(start + row, error)
+                    mask[row] = False
+            yield pixels, mask
 
 
 def embed_images(
@@ -227,8 +237,7 @@ class Features:
         known = identity(pictures)
         if known is None:
             return embed_images(self.model, pictures, batch, label, self.world, encode)
-        about = json.dumps(to_dict(self.model.config), sort_keys=True)
-        key = hashlib.sha256(f"{known} {about} {pools(self.model)}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{known} {settings(self.model)} {pools(self.model)}".encode()).hexdigest()[:32]
         found = self.kept.pop(key, None)
         if found is None:
             found = self._load(key, len(pictures))
@@ -264,6 +273,11 @@ class Features:
         with part.open("wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
         part.replace(self.folder / f"{key}.npy")
+
+
+def settings(model: Silc) -> str:
+    """All that shapes a model's features beside its weights, as text."""
+    return json.dumps(to_dict(model.config), sort_keys=True)
 
 
 def identity(pictures: Pictures) -> str | None:
