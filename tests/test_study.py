@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_photographs import write_classes as write_photographs
 from test_vectors import write as write_drawings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +33,7 @@ from silc.parallel import World
 from silc.plain import from_dict, to_dict
 from silc.plan import flops_per_sample
 from silc.study import declared
-from silc.study.analysis import at_flops, gain, gain_at_equal_flops, rows, series, slope, student_t
+from silc.study.analysis import gain, gain_at_equal_flops, rows, series, slope, student_t
 from silc.study.declared import Arm, Cell, Study, config_of, merged
 from silc.study.page import markdown, tables, write
 from silc.study.running import read_records
@@ -75,7 +76,7 @@ def test_every_arm_of_every_study_is_a_config_and_its_cells_are_told_apart(name:
     corpus = Corpus(tmp_path, "scenes.tar", {}, {}, {}, False)
     cells = study.cells()
     assert len({cell.key for cell in cells}) == len(cells)
-    assert len(cells) == len(study.arms) * sum(map(len, study.seeds))
+    assert len(cells) == len(study.arms) * sum(map(len, study.seeds)) + sum(len(s) for *_, s in study.further)
     for cell in cells[: len(study.arms)]:
         config = config_of(study, cell, corpus, tmp_path, "MODEL" if study.begins else "")
         assert config.steps * config.train.batch == cell.samples and config.views.flip is False
@@ -107,6 +108,8 @@ def test_changes_are_merged_deep_and_an_arm_says_what_it_mistakes(tmp_path: Path
         Study("s", "?", {"clip": Arm("clip")}, (64,), ((0,),), baseline="clop")
     with pytest.raises(ValueError, match="a tuple of seeds for each"):
         Study("s", "?", {"clip": Arm("clip")}, (64, 128), ((0,),))
+    with pytest.raises(ValueError, match=r"no arm is called 'clop'.*'clip'"):
+        Study("s", "?", {"clip": Arm("clip")}, (64,), ((0,),), further=(("clop", 64, (1,)),))
 
 
 def test_a_study_in_a_file_reads_as_it_was_declared(tmp_path: Path) -> None:
@@ -225,7 +228,32 @@ def test_a_head_is_trained_where_asked_and_a_failing_run_costs_only_itself(
     assert f"failed, see {log}" in told.out and f"{log} says why" in told.err
 
 
+@pytest.mark.slow
+def test_photographs_are_mixed_in_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("resvg_py", reason="resvg is not installed: pip install 'silc[quickstart]'")
+    write_drawings(tmp_path)
+    write_photographs(tmp_path / "photographs")
+    given = small(arms={"clip": {"recipe": "clip"}}, samples=[128], seeds=[[0]], parts={}, photographs=0.5,
+                  further=[["clip", 64, [3]]])  # fmt: skip
+    (tmp_path / "small.json").write_text(json.dumps(given))
+    command(tmp_path, "out", "--photographs", str(tmp_path / "photographs"))
+    counts = json.loads((tmp_path / "out" / "photographs.json").read_text())
+    assert counts == {"photographs": 72, "near_duplicates_left_out": 0, "compared_with": 72}
+    assert "72 photographs for training; 0 left out" in capsys.readouterr().out
+    records = {(r["samples"], r["seed"]): r for r in read_records(tmp_path / "out")}
+    assert set(records) == {(128, 0), (64, 3)}
+    for record in records.values():
+        assert {"zeroshot/caltech101", "fewshot/caltech101", "zeroshot/style"} <= set(record["scores"])
+        assert record["scores"]["zeroshot/caltech101"]["top1"]["chance"] == pytest.approx(1 / 12, abs=1e-5)
+    config = json.loads((tmp_path / "out" / "runs" / "clip-128-s0" / "config.json").read_text())
+    assert config["data"]["weights"] == [0.5, 0.5] and config["data"]["sources"][1].endswith("photographs.jsonl")
+    with pytest.raises(SystemExit):
+        command(tmp_path, "out")
+    assert "takes photographs: name their folder, --photographs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    (["--drawings", "x", "--photographs", "y"], "study main takes none: drop --photographs"),
     ([], "give --drawings FILE"), (["--drawings", "none.jsonl"], "none.jsonl cannot be read"),
     (["--records", "none.jsonl"], "no finished run"), (["--drawings", "x", "--processes", "0"], "at least one run"),
 ])  # fmt: skip
@@ -259,16 +287,35 @@ def test_gains_on_equal_samples_and_equal_flops_by_hand() -> None:
     equal = gain_at_equal_flops(found["silc"], found["clip"], 200)
     assert equal is not None and equal.mean == pytest.approx(0.01 + 0.005)
     assert equal.half == pytest.approx(12.706 * statistics.stdev([0.01, 0.02]) / math.sqrt(2))
-    assert at_flops(found["clip"], 141.4213562) == pytest.approx(0.11), "halfway in log"
-    assert at_flops(found["clip"], 99) is None and at_flops(found["clip"], 801) is None
+    assert gain_at_equal_flops(found["silc"], found["clip"], 400) is not None, "at the baseline's last duration"
     assert found["silc"].ends(100) == pytest.approx((0.13, 0.14)) and found["silc"].flops[100] == 200
+
+
+def test_equal_flops_between_durations_and_seed_by_seed_by_hand() -> None:
+    """clip at 100, 200 and 400 pairs with seeds that scatter; silc's 100 pairs cost as much as 2 ** 1.5 times that."""
+    levels = {0: 0.10, 1: 0.13, 2: 0.12}
+    clip = [record("clip", 100 * 2**i, s, levels[s] + 0.02 * i * (1 + s), 1.0) for i in range(3) for s in levels]
+    silc = [record("silc", 100, s, value, 2**1.5) for s, value in ((0, 0.2), (1, 0.3), (2, 0.25), (3, 0.9))]
+    found = series(rows(clip + silc), "segment/scenes miou")
+    equal = gain_at_equal_flops(found["silc"], found["clip"], 100)
+    # halfway between 200 and 400 pairs: 0.10 + 0.03, 0.13 + 0.06, 0.12 + 0.09; the fourth seed has no partner
+    apart = [0.2 - 0.13, 0.3 - 0.19, 0.25 - 0.21]
+    assert equal is not None and equal.mean == pytest.approx(statistics.mean(apart))
+    assert equal.half == pytest.approx(4.303 * statistics.stdev(apart) / math.sqrt(3))
+    alone = series(rows([r for r in clip + silc if r["arm"] == "silc" or r["seed"] == 0]), "segment/scenes miou")
+    above = gain_at_equal_flops(alone["silc"], alone["clip"], 100)
+    assert above is not None and above.mean == pytest.approx(statistics.mean([0.2, 0.3, 0.25, 0.9]) - 0.13)
+    dear = series(rows([*clip, record("silc", 400, 0, 0.5, 4.0)]), "segment/scenes miou")
+    assert gain_at_equal_flops(dear["silc"], dear["clip"], 400) is None, "clip was never trained so long"
 
 
 def test_slopes_and_students_t_against_scipys_formula() -> None:
     found = series(rows(both()), "segment/scenes miou")
-    exact = slope(found["clip"])
+    exact = slope(found["clip"], (100, 200, 400))
     assert exact is not None and exact.mean == pytest.approx(0.02) and exact.half == pytest.approx(0, abs=1e-12)
-    assert slope(series(rows(both()[:1]), "segment/scenes miou")["clip"]) is None
+    assert slope(series(rows(both()[:1]), "segment/scenes miou")["clip"], (100,)) is None
+    bent = series(rows([*both()[:3], record("clip", 800, 0, 0.9, 1.0)]), "segment/scenes miou")["clip"]
+    assert slope(bent, (100, 200, 400)) == pytest.approx(exact), "cells beside the grid's durations do not count"
     one = student_t([0.5])
     assert one.half is None and one.sign == 0
     three = student_t([1.0, 2.0, 3.0])
@@ -282,7 +329,7 @@ def test_a_line_through_noise_is_what_numpy_fits() -> None:
     noise = random.Random(0)
     cells = [(64 * 2**i, seed, 0.1 + 0.03 * i + noise.gauss(0, 0.01)) for i in range(4) for seed in range(3)]
     records = [record("clip", samples, seed, value, 1.0) for samples, seed, value in cells]
-    found = slope(series(rows(records), "segment/scenes miou")["clip"])
+    found = slope(series(rows(records), "segment/scenes miou")["clip"], {samples for samples, *_ in cells})
     x, y = np.log2([samples for samples, *_ in cells]), [value for *_, value in cells]
     (rise, _), covariance = np.polyfit(x, y, 1, cov=True)
     assert found is not None and found.mean == pytest.approx(rise)

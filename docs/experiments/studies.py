@@ -82,7 +82,7 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         shared = ours.keys() & theirs.keys()
         return f"{sum(ours[seed] > theirs[seed] for seed in shared)} of {len(shared)}"
     found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
-             "slope": lambda: slope(one)}[what]()  # fmt: skip
+             "slope": lambda: slope(one, study.samples)}[what]()  # fmt: skip
     return told(found)
 
 

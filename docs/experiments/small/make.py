@@ -15,14 +15,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from silc import load
 from silc.app.evaluation import evaluate
 from silc.app.exporting import export
 from silc.config import Config
 from silc.data.emoji import Corpus
+from silc.data.photographs import pairs
 from silc.data.vectors import build
 from silc.plain import from_dict, read_json
 from silc.study.declared import MEAN, ONE, TINY, merged
@@ -32,8 +30,6 @@ HERE = Path(__file__).parent
 TARGET = HERE.parents[2] / "src" / "silc" / "small"
 SHARE = 0.25
 """Of the pairs, photographs."""
-ALIKE = 0.99
-"""Correlation of 16 x 16 grey thumbnails from which on two pictures count as one."""
 WHAT = """## What it is
 
 A toy that lets the commands work right after the installation: it knows drawings of everyday things, and the
@@ -45,34 +41,6 @@ because they look like one of the {compared_with:,} photographs that it is score
 therefore known to it; its score there is not zero-shot in the strict sense. The captions of photographs are
 class names alone.
 """
-TEMPLATES = ("a photo of {}", "{}", "a picture of {}")
-
-
-def phrase(name: str) -> str:
-    words = name.lower().replace("_", " ").removesuffix(" easy").removesuffix(" side")
-    return words if words.endswith("s") else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def photographs(root: Path, out: Path) -> tuple[Path, dict[str, int]]:
-    """A table of Caltech's training photographs without those that look like one for evaluation; and the counts."""
-    out.mkdir(parents=True, exist_ok=True)
-    mine = sorted((root / "caltech101" / "train").rglob("*.webp"))
-    held = [p for name in ("caltech101/test", "camvid/test", "coco128") for p in sorted((root / name).rglob("*"))
-            if p.suffix in (".webp", ".png", ".jpg") and "masks" not in p.parts]  # fmt: skip
-    nearest = (looks(mine) @ looks(held).T).max(1)
-    kept = [p for p, near in zip(mine, nearest) if near < ALIKE]
-    rows = [{"image": str(p), "captions": [t.format(phrase(p.parent.name)) for t in TEMPLATES]} for p in kept]
-    (out / "photographs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out / "photographs.jsonl", {"photographs": len(kept), "near_duplicates_left_out": len(mine) - len(kept),
-                                       "compared_with": len(held)}  # fmt: skip
-
-
-def looks(paths: list[Path]) -> np.ndarray:
-    """[N, 256], unit length: grey thumbnails without their mean."""
-    made = [np.asarray(Image.open(p).convert("L").resize((16, 16), Image.Resampling.BOX), np.float32) for p in paths]
-    flat = np.stack(made).reshape(len(made), -1)
-    flat -= flat.mean(1, keepdims=True)
-    return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-6)
 
 
 def config(corpus: Corpus, table: Path, out: Path, samples: int) -> Config:
@@ -91,7 +59,8 @@ def config(corpus: Corpus, table: Path, out: Path, samples: int) -> Config:
 
 def main(drawings: Path, root: Path, folder: Path, samples: int) -> None:
     corpus = build(drawings, folder / "corpus", scenes=16_000, size=80, styles=4)
-    table, counts = photographs(root, folder)
+    sets = [root / name for name in ("caltech101/test", "camvid/test", "coco128")]
+    table, counts = pairs([root / "caltech101" / "train"], sets, folder)
     run = train(config(corpus, table, folder / "run", samples))
     sets = {name: str(place) for name, place in corpus.evals.items() if name.split("/")[0] not in ("masks",)}
     sets.pop("segment/tuning")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -111,29 +111,40 @@ def gain(arm: Series, base: Series, samples: int) -> Interval:
     return student_t([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
-def at_flops(base: Series, flops: float) -> float | None:
-    """The base's mean score were it trained at that cost: linear in log FLOPs between its durations; None outside."""
-    known = sorted((base.flops[n], base.mean(n)) for n in base.durations)
-    for (x0, y0), (x1, y1) in itertools.pairwise(known):
+def _around(base: Series, flops: float) -> tuple[int, int, float] | None:
+    """The base's durations that cost at most and at least as much, and how far to go from one to the other in log
+    FLOPs; None outside."""
+    for n0, n1 in itertools.pairwise(base.durations):
+        x0, x1 = base.flops[n0], base.flops[n1]
         if x0 * (1 - 1e-9) <= flops <= x1 * (1 + 1e-9):
-            return y0 + (y1 - y0) * (math.log(flops / x0) / math.log(x1 / x0))
+            return n0, n1, math.log(flops / x0) / math.log(x1 / x0)
     return None
 
 
 def gain_at_equal_flops(arm: Series, base: Series, samples: int) -> Interval | None:
-    """arm - base were the base trained longer, at the arm's cost. None where the base never cost as much.
+    """arm - base were the base trained longer, at the arm's cost; linear in log FLOPs between the base's durations.
+    None where the base never cost as much.
 
-    The interval tells how the arm's seeds scatter; the base enters by its means."""
-    level = at_flops(base, arm.flops[samples])
-    if level is None:
+    Seed by seed, so that the scatter of both counts, where two seeds or more have both of these durations of the base;
+    else against the base's means, and the interval tells how the arm's seeds scatter alone."""
+    found = _around(base, arm.flops[samples])
+    if found is None:
         return None
-    return student_t([value - level for value in arm.values[samples].values()])
+    n0, n1, share = found
+    ours, (low, high) = arm.values[samples], (base.values[n0], base.values[n1])
+    shared = sorted(ours.keys() & low.keys() & high.keys())
+    if len(shared) > 1:
+        return student_t([ours[s] - (low[s] + share * (high[s] - low[s])) for s in shared])
+    level = base.mean(n0) + share * (base.mean(n1) - base.mean(n0))
+    return student_t([value - level for value in ours.values()])
 
 
-def slope(one: Series) -> Interval | None:
-    """Rise for each doubling of the duration: least squares over all runs, with its 95% interval. None for one
-    duration."""
-    points = [(math.log2(n), v) for n in one.durations for v in one.values[n].values()]
+def slope(one: Series, within: Collection[int]) -> Interval | None:
+    """Rise for each doubling of the duration: least squares over all runs of these durations, with its 95% interval.
+    None for one duration."""
+    points = [(math.log2(n), v) for n in one.durations if n in within for v in one.values[n].values()]
+    if not points:
+        return None
     x, y = zip(*points)
     if len(set(x)) < 2:
         return None

@@ -22,6 +22,8 @@ class Asked:
     """Folder of the study: its corpus, its runs and what is made of them."""
     drawings: Path | None = None
     """File of named drawings, from which the corpus is built (docs/experiments/drawings.py makes it)."""
+    photographs: Path | None = None
+    """Folder of the sets of the suite `photographs` (caltech101, camvid, coco128), for studies that mix them in."""
     records: Path | None = None
     """Instead of running: the records.jsonl, or the folder, of a study that ran."""
     processes: int = 1
@@ -37,7 +39,7 @@ class Asked:
         if (self.drawings is None) == (self.records is None):
             raise ValueError("give --drawings FILE to run the study, or --records FILE to show one that ran.")
         if self.drawings is not None:
-            run_from(study, self.drawings, self.out, self.processes, self.start, self.only)
+            run_from(study, self.drawings, self.out, self.processes, self.start, self.only, self.photographs)
         found = read_records(self.records or self.out)
         page = write(study, found, self.out)
         print(f"{summary(found)}; wrote {page}")

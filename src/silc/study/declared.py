@@ -54,6 +54,10 @@ class Study:
     common: dict[str, Any] = field(default_factory=dict)
     """Changed in every arm's recipe, before the arm's own changes."""
     corpus: Grid = field(default_factory=Grid)
+    further: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+    """Cells beside the grid: arm, pairs seen, seeds. The baseline at longer durations, say, or more seeds of some."""
+    photographs: float = 0.0
+    """Share of the pairs that are photographs (--photographs); with it, real photographs are scored too."""
     baseline: str = "clip"
     """The arm that the others are compared with."""
     scores: tuple[str, ...] = ("segment/scenes miou", "segment/scenes pixel_accuracy", "zeroshot/style top1",
@@ -78,6 +82,10 @@ class Study:
         if self.baseline not in self.arms:
             other = nearest(self.baseline, self.arms)
             raise ValueError(f"study {self.name}: no arm is called {self.baseline!r}.{other}")
+        if strange := [arm for arm, *_ in self.further if arm not in self.arms]:
+            raise ValueError(f"study {self.name}: no arm is called {strange[0]!r}.{nearest(strange[0], self.arms)}")
+        if not 0 <= self.photographs < 1:
+            raise ValueError(f"study {self.name}: photographs is a share of the pairs, from 0 to below 1.")
 
     def head_of(self, cell: Cell) -> dict[str, Any]:
         """Settings of the cell's head; empty where it gets none."""
@@ -85,9 +93,11 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """First the first seed of each duration, short ones first: a study that is cut off has said something."""
-        return [Cell(arm, samples, seeds[turn]) for turn in range(max(map(len, self.seeds)))
+        grid = [Cell(arm, samples, seeds[turn]) for turn in range(max(map(len, self.seeds)))
                 for samples, seeds in zip(self.samples, self.seeds) if turn < len(seeds)
                 for arm in self.arms]  # fmt: skip
+        beside = [Cell(arm, samples, seed) for arm, samples, seeds in self.further for seed in seeds]
+        return list(dict.fromkeys([*grid, *beside]))
 
 
 class Cell(NamedTuple):
@@ -113,11 +123,16 @@ def merged(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def config_of(study: Study, cell: Cell, corpus: Corpus, out: Path, start: str = "") -> Config:
+def config_of(
+    study: Study, cell: Cell, corpus: Corpus, out: Path, start: str = "", photographs: Path | None = None
+) -> Config:
     """The settings of one run. ValueError for a recipe or a setting that is none, naming the arm."""
     arm = study.arms[cell.arm]
+    data: dict[str, Any] = {"sources": [corpus.shards]}
+    if photographs is not None:
+        data = {"sources": [corpus.shards, str(photographs)], "weights": [1 - study.photographs, study.photographs]}
     own = {"recipe": cell.arm, "seed": cell.seed, "out": str(out), "train": {"samples": cell.samples},
-           "data": {"sources": [corpus.shards]}}  # fmt: skip
+           "data": data}  # fmt: skip
     if study.begins:
         own["init"] = {"model": start}
     try:
@@ -195,7 +210,9 @@ def main() -> Study:
     return Study(
         "main", "Does self-distillation from an EMA teacher help a CLIP, and does it pay for its FLOPs?", arms,
         samples=(12_288, 24_576, 49_152, 98_304), seeds=((0,), (0, 1, 2), (0, 1, 2), (0,)), common=TINY, parts=parts,
-        head=HEAD, head_samples=(49_152,),
+        head=HEAD, head_samples=(49_152,), further=tuple(
+            (arm, samples, seeds) for samples, seeds in ((24_576, (3, 4, 5)), (49_152, (3, 4, 5)), (98_304, (1, 2)))
+            for arm in ("clip", "silc")) + (("clip", 196_608, (0, 1, 2)),),
     )  # fmt: skip
 
 
@@ -256,7 +273,20 @@ def added() -> Study:
     )  # fmt: skip
 
 
-STUDIES: tuple[Callable[[], Study], ...] = (main, search, added)
+def photographs() -> Study:
+    """SILC against CLIP where a quarter of the pairs are photographs, scored on real photographs too."""
+    chosen = {name: arm for name, arm in main().arms.items() if name in ("clip", "silc", "silc-lean")}
+    return Study(
+        "photographs", "Does what self-distillation does on drawings hold where photographs come in?", chosen,
+        samples=(49_152,), seeds=((0, 1, 2),), common=TINY, photographs=0.25,
+        corpus=Grid(scenes=12_000), parts={"the whole of SILC": ("silc", "clip"), "a lean SILC": ("silc-lean", "clip")},
+        further=(("clip", 131_072, (0, 1, 2)),),  # as many FLOPs as silc has, and a little more
+        scores=("segment/scenes miou", "zeroshot/style top1", "zeroshot/caltech101 top1", "fewshot/caltech101 shot10",
+                "segment/camvid miou", "segment/coco128 pixel_accuracy", "retrieval/coco128 text_to_image_r5"),
+    )  # fmt: skip
+
+
+STUDIES: tuple[Callable[[], Study], ...] = (main, search, added, photographs)
 
 
 def get(name: str) -> Study:

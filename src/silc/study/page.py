@@ -142,17 +142,19 @@ def _gains(study: Study, score: str, known: Mapping[str, Series]) -> Table:
     base = known[study.baseline]
     body = []
     for arm, one in known.items():
+        rise = _interval(slope(one, study.samples))
         if arm == study.baseline:
-            body.append([arm, *["0"] * len(study.samples), *["–"] * len(study.samples), _interval(slope(one))])
+            body.append([arm, *["0"] * len(study.samples), *["–"] * len(study.samples), rise])
             continue
         equal = [_interval(gain(one, base, n)) if n in one.values and n in base.values else "–" for n in study.samples]
         cost = [_interval(gain_at_equal_flops(one, base, n)) if n in one.values else "–" for n in study.samples]
-        body.append([arm, *equal, *cost, _interval(slope(one))])
+        body.append([arm, *equal, *cost, rise])
     names = [short_count(n) for n in study.samples]
     note = (f"Points of {_named(score)} above {study.baseline}: seed by seed at equal samples; and against "
             f"{study.baseline} trained as long as the arm's FLOPs would pay for (linear in log FLOPs; "
-            "– where it was never trained so long). ± is a 95% interval (Student's t over seeds), absent for one seed; "
-            "bold where it leaves out zero. Slope: points for each doubling of the samples.")  # fmt: skip
+            "– where it was never trained so long; seed by seed too, where it has two seeds at both of the durations "
+            "between which that lies, else above its means). ± is a 95% interval (Student's t over seeds), absent for "
+            "one seed; bold where it leaves out zero. Slope: points for each doubling of the samples.")  # fmt: skip
     head = ["arm", *(f"{n}, equal samples" for n in names), *(f"{n}, equal FLOPs" for n in names), "slope"]
     return Table(f"Against {study.baseline}: {_named(score)}", note, head, body)
 

@@ -1,6 +1,6 @@
 """The runs of a study: one process a device, what is done is not done again, what was cut off goes on.
 
-Gives: run_from, run, read_records, RECORD.
+Gives: run_from, mix, run, read_records, RECORD.
 Used by: the command line; study/page reads what is left here.
 
 A cell's folder is OUT/runs/KEY: the run, log.txt, and when all is scored record.json. A cell is done when its record
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -33,9 +33,11 @@ from silc import recipes
 from silc.app.runs import duration
 from silc.config import Config
 from silc.data.emoji import Corpus
+from silc.data.photographs import pairs
 from silc.data.vectors import build
 from silc.eval.metrics import Result
-from silc.eval.run import evaluate
+from silc.eval.run import evaluate, find_tasks
+from silc.eval.suites import locate, open_suite
 from silc.opening import load
 from silc.parallel import pick_device
 from silc.plain import from_dict, read_json, to_dict
@@ -64,6 +66,8 @@ class Job:
     config: Config
     evals: dict[str, str]
     masks: str
+    configs: dict[str, Any] = field(default_factory=dict)
+    """Settings of those evaluations that go by others than their task's own."""
     card: str = ""
     """Number of the GPU that the process sees; empty: whatever there is."""
 
@@ -90,23 +94,52 @@ class Job:
         return (self.folder / RECORD).exists() and read_json(self.folder / RECORD).get("asked") == self.asked
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Photographs of a study: pairs for training, and the sets of the suite `photographs`, which are scored."""
+
+    table: Path
+    evals: dict[str, str]
+    configs: dict[str, Any]
+
+
 def run_from(
-    study: Study, drawings: Path, out: Path, processes: int, start: str = "", only: Sequence[str] = ()
-) -> None:
+    study: Study, drawings: Path, out: Path, processes: int, start: str = "", only: Sequence[str] = (),
+    photographs: Path | None = None,
+) -> None:  # fmt: skip
     """Build the corpus, unless OUT/corpus holds it, and `run`."""
     if processes < 1:
         raise ValueError(f"--processes {processes}: at least one run at a time.")
+    if bool(study.photographs) != (photographs is not None):
+        way = "photographs: name their folder, --photographs" if study.photographs else "none: drop --photographs"
+        raise ValueError(f"study {study.name} takes {way}.")
+    mixed = mix(photographs, out) if photographs is not None else None
     c = study.corpus
     corpus = build(drawings, out / "corpus", c.seed, c.scenes, c.size, c.limit, c.styles, processes=processes)
-    run(study, corpus, out, processes, start, only)
+    run(study, corpus, out, processes, start, only, mixed)
 
 
-def run(study: Study, corpus: Corpus, out: Path, processes: int, start: str = "", only: Sequence[str] = ()) -> None:
+def mix(root: Path, out: Path) -> Mixed:
+    """Pairs from the training halves of the suite's classified photographs, those left out that look like one in its
+    sets; how many, in OUT/photographs.json. ValueError for a folder that holds none."""
+    sets, configs, _ = locate(open_suite("photographs", find_tasks()), root)
+    train = [place / "train" for name, place in sets.items() if name.startswith("zeroshot/")]
+    table, counts = pairs(train, list(sets.values()), out)
+    (out / "photographs.json").write_text(json.dumps(counts, indent=1) + "\n")
+    print("{photographs:,} photographs for training; {near_duplicates_left_out} left out that look like one of the "
+          "{compared_with:,} for evaluation".format(**counts), flush=True)  # fmt: skip
+    return Mixed(table, {name: str(place) for name, place in sets.items()}, configs)
+
+
+def run(
+    study: Study, corpus: Corpus, out: Path, processes: int, start: str = "", only: Sequence[str] = (),
+    mixed: Mixed | None = None,
+) -> None:  # fmt: skip
     """Run every cell that is not done (of the arms in `only`, where given), `processes` at a time.
 
     ValueError for settings that cannot work, before anything runs; Halt, after the others are done, when cells failed.
     """
-    jobs = [job for job in _jobs(study, corpus, out, start, only, processes) if not job.done]
+    jobs = [job for job in _jobs(study, corpus, out, start, only, processes, mixed) if not job.done]
     print(f"study {study.name}: {len(study.cells())} runs, {len(jobs)} to do, {processes} at a time", flush=True)
     slots = _slots(processes)
     under_way: dict[SpawnProcess, tuple[Job, float]] = {}
@@ -153,7 +186,7 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 
 def _jobs(
-    study: Study, corpus: Corpus, out: Path, start: str, only: Sequence[str], processes: int
+    study: Study, corpus: Corpus, out: Path, start: str, only: Sequence[str], processes: int, mixed: Mixed | None
 ) -> list[Job]:
     if study.begins != bool(start):
         way = "a trained model: name it, --start MODEL" if study.begins else "nothing: drop --start"
@@ -162,14 +195,16 @@ def _jobs(
         raise ValueError(f"study {study.name} has no arm {unknown[0]!r}; it has {', '.join(study.arms)}.")
     other = "segment/scenes" if study.tuning else "segment/tuning"
     evals = {n: str(folder) for n, folder in corpus.evals.items() if n != other and not n.startswith("masks")}
+    evals |= mixed.evals if mixed else {}
     masks = str(corpus.evals["masks/train"]) if "masks/train" in corpus.evals else ""
     jobs = []
     for cell in study.cells():
         if only and cell.arm not in only:
             continue
-        config = config_of(study, cell, corpus, out / "runs" / cell.key, start)
+        config = config_of(study, cell, corpus, out / "runs" / cell.key, start, mixed.table if mixed else None)
         threads = config.train.threads or max(1, _cores() // processes)
-        jobs.append(Job(study, cell, replace(config, train=replace(config.train, threads=threads)), evals, masks))
+        config = replace(config, train=replace(config.train, threads=threads))
+        jobs.append(Job(study, cell, config, evals, masks, mixed.configs if mixed else {}))
     return jobs
 
 
@@ -234,7 +269,7 @@ def _one(job: Job) -> dict[str, Any]:
     if not (job.folder / "export").exists():  # a run that ended needs only what was not asked for then
         train(job.config)
     device = pick_device(job.config.train.device)
-    scores = evaluate(load(str(job.folder)).to(device), job.evals)
+    scores = evaluate(load(str(job.folder)).to(device), job.evals, configs=job.configs)
     if job.study.head_of(job.cell):
         scores[OPEN_VOCABULARY] = _with_head(job)
     config = from_dict(Config, read_json(job.folder / "config.json"))
