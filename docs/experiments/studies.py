@@ -1,6 +1,6 @@
 """Makes the pages of the studies from their raw files: tables, plots, and the figures within the text.
 
-    python docs/experiments/studies.py [NAME ...]      all of main, search, added whose records.jsonl is here
+    python docs/experiments/studies.py [NAME ...]      all those whose records.jsonl is here
 
 NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
 baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is

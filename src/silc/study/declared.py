@@ -273,11 +273,11 @@ def added() -> Study:
     )  # fmt: skip
 
 
-def photographs() -> Study:
+def mixed() -> Study:
     """SILC against CLIP where a quarter of the pairs are photographs, scored on real photographs too."""
     chosen = {name: arm for name, arm in main().arms.items() if name in ("clip", "silc", "silc-lean")}
     return Study(
-        "photographs", "Does what self-distillation does on drawings hold where photographs come in?", chosen,
+        "mixed", "Does what self-distillation does on drawings hold where photographs come in?", chosen,
         samples=(49_152,), seeds=((0, 1, 2),), common=TINY, photographs=0.25,
         corpus=Grid(scenes=12_000), parts={"the whole of SILC": ("silc", "clip"), "a lean SILC": ("silc-lean", "clip")},
         further=(("clip", 131_072, (0, 1, 2)),),  # as many FLOPs as silc has, and a little more
@@ -286,7 +286,7 @@ def photographs() -> Study:
     )  # fmt: skip
 
 
-STUDIES: tuple[Callable[[], Study], ...] = (main, search, added, photographs)
+STUDIES: tuple[Callable[[], Study], ...] = (main, search, added, mixed)
 
 
 def get(name: str) -> Study:
