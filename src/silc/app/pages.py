@@ -1,7 +1,7 @@
 """Pages of one file: their templates, with the colours of both schemes.
 
 Gives: template.
-Used by: app/report, app/card, study/page.
+Used by: app/report, app/card, app/search_command, study/page.
 """
 
 from __future__ import annotations

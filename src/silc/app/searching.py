@@ -38,12 +38,12 @@ BATCH = 64
 PATIENCE = 30.0
 """Seconds of work that a killed run may lose, or more if writing is slow: it takes one part in `SHARE` of the time."""
 SHARE = 20
-TILE = 1 << 14
+TILE = 1 << 13
 """Pictures that are compared at a time."""
 GROUP = 16
 """Queries whose cosines with all pictures are held at a time."""
-MARGIN = 1e-5
-"""More than the float32 cosines of equal pictures differ by."""
+MARGIN = 1e-3
+"""More than rounding changes a cosine: of features to float16, of their products to float32."""
 FINER = 2
 """A large JPEG is decoded at half, a quarter or an eighth of its size, as long as that is so many times what the model
 sees: quicker by far, and hardly another vector."""
@@ -138,16 +138,21 @@ class Index:
         found: list[list[Hit]] = []
         with torch.inference_mode():
             for group in F.normalize(queries.float().cpu(), dim=1).split(GROUP):
-                cosines = torch.cat([group @ tile.float().T for tile in self.features.split(TILE)], dim=1)
+                # filled in place: small results kept between large ones that go would leave holes in the memory
+                cosines = torch.empty(len(group), len(self.features))
+                for part, tile in zip(cosines.split(TILE, dim=1), self.features.split(TILE)):
+                    part.copy_(group @ tile.float().T)
                 found += [self._best(query, row, top) for query, row in zip(group, cosines)]
         return found
 
     def _best(self, query: Tensor, cosines: Tensor, top: int) -> list[Hit]:
         count = min(top, len(self.paths))
-        # a matrix product may round equal rows differently; so whatever could be among the best is compared again, row
-        # by row, and sorted in a way that leaves equal ones in their order
+        # a matrix product may round equal rows differently, and float16 leaves no length at exactly 1: all that could be
+        # among the best are compared again, row by row, and sorted in a way that leaves equal ones in their order
         near = (cosines >= cosines.topk(count).values[-1] - MARGIN).nonzero()[:, 0]
-        exact = torch.cat([(self.features[rows].double() * query.double()).sum(1) for rows in near.split(TILE)])
+        exact = torch.empty(len(near), dtype=torch.float64)
+        for part, rows in zip(exact.split(TILE), near.split(TILE)):
+            part.copy_((F.normalize(self.features[rows].double(), dim=1) * query.double()).sum(1))
         exact = exact.round(decimals=7).clamp(-1, 1)
         order = exact.argsort(descending=True, stable=True)[:count]
         return [Hit(self.paths[row], cosine) for row, cosine in zip(near[order].tolist(), exact[order].tolist())]

@@ -1,7 +1,7 @@
 """Small pictures for a page that is one file: cut, painted with masks, and written into the page itself.
 
 Gives: thumb, view, painted, data_uri, read_picture.
-Used by: app/card.
+Used by: app/card, app/search_command.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ def search(args: list[str]) -> None:
 
     def run(
         folder: tyro.conf.Positional[Path],
-        queries: tyro.conf.Positional[tuple[str, ...]],
+        queries: Annotated[
+            tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="QUERY [QUERY ...]", help_behavior_hint="")
+        ],
         model: str,
         top: int = 10,
         out: Path | None = None,
