@@ -147,7 +147,7 @@ class Index:
 
     def _best(self, query: Tensor, cosines: Tensor, top: int) -> list[Hit]:
         count = min(top, len(self.paths))
-        # a matrix product may round equal rows differently, and float16 leaves no length at exactly 1: all that could be
+        # a matrix product may round equal rows differently, and float16 leaves no length at exactly 1: all that may be
         # among the best are compared again, row by row, and sorted in a way that leaves equal ones in their order
         near = (cosines >= cosines.topk(count).values[-1] - MARGIN).nonzero()[:, 0]
         exact = torch.empty(len(near), dtype=torch.float64)
