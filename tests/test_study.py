@@ -33,7 +33,7 @@ from silc.parallel import World
 from silc.plain import from_dict, to_dict
 from silc.plan import flops_per_sample
 from silc.study import declared
-from silc.study.analysis import gain, gain_at_equal_flops, rows, series, slope, student_t
+from silc.study.analysis import apart, gain, gain_at_equal_flops, rows, series, slope, student_t
 from silc.study.declared import Arm, Cell, Study, config_of, merged
 from silc.study.page import markdown, tables, write
 from silc.study.running import read_records
@@ -282,7 +282,11 @@ def both() -> list[dict[str, Any]]:
 
 def test_gains_on_equal_samples_and_equal_flops_by_hand() -> None:
     found = series(rows(both()), "segment/scenes miou")
-    assert gain(found["silc"], found["clip"], 200).mean == pytest.approx(0.03), "the seed that both have"
+    equal_samples = gain(found["silc"], found["clip"], 200)
+    assert equal_samples is not None and equal_samples.mean == pytest.approx(0.03), "the seed that both have"
+    assert gain(found["silc"], found["clip"], 800) is None, "silc never went there"
+    level = slope(apart(found["silc"], found["clip"]), (100, 200, 400))
+    assert level is not None and level.mean == pytest.approx(0, abs=1e-12), "both rise alike"
     # twice the cost a pair: clip would see twice the pairs, one doubling, 0.02 more
     equal = gain_at_equal_flops(found["silc"], found["clip"], 200)
     assert equal is not None and equal.mean == pytest.approx(0.01 + 0.005)

@@ -5,8 +5,9 @@
 NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
 baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is
 ahead, `score` the arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM
-SET METRIC` its rise for each doubling, `corpus KEY` a fact of NAME/corpus.json, `readouts` the table of
-NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were, how long they trained, and on what.
+SET METRIC` its rise for each doubling, `steeper` how much more that is than the baseline's, `corpus KEY` a fact of
+NAME/corpus.json, `readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were,
+how long they trained, and on what.
 NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 from silc.plain import read_json
 from silc.study import declared
-from silc.study.analysis import Interval, gain, gain_at_equal_flops, rows, series, slope
+from silc.study.analysis import Interval, apart, gain, gain_at_equal_flops, rows, series, slope
 from silc.study.declared import Study
 from silc.study.page import markdown, tables, write
 from silc.study.running import read_records
@@ -71,7 +72,7 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         costs = {r["arm"]: r["flops"] for r in records if r["samples"] == int(rest[0])}
         return f"{costs[arm] / costs[study.baseline]:.2f}"
     samples, score = rest[0], " ".join(rest[1:])
-    if what == "slope":
+    if what in ("slope", "steeper"):
         samples, score = "0", " ".join(rest)
     known = series(rows(records), score)
     one, base, n = known[arm], known[study.baseline], int(samples)
@@ -82,7 +83,8 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         shared = ours.keys() & theirs.keys()
         return f"{sum(ours[seed] > theirs[seed] for seed in shared)} of {len(shared)}"
     found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
-             "slope": lambda: slope(one, study.samples)}[what]()  # fmt: skip
+             "slope": lambda: slope(one, study.samples),
+             "steeper": lambda: slope(apart(one, base), study.samples)}[what]()  # fmt: skip
     return told(found)
 
 
