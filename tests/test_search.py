@@ -428,6 +428,7 @@ def test_a_picture_that_was_away_for_a_while_is_tried_again(folder: Path, tmp_pa
         return real(path, size)
 
     draw("red", "circle", 5).save(folder / "locked.png")
+    draw("red", "circle", 6).save(folder / "new.png")  # so that something is written, and that not with it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(searching, "_read", locked)
         assert Index.of(model, folder).bad == {"locked.png": "unreadable file"}
