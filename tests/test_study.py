@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from silc.study import declared
 from silc.study.analysis import apart, gain, gain_at_equal_flops, rows, series, slope, student_t
 from silc.study.declared import Arm, Cell, Study, config_of, merged
 from silc.study.page import markdown, tables, write
-from silc.study.running import read_records
+from silc.study.running import Job, read_records
 from silc.train.loop import build
 
 MODEL = {
@@ -129,7 +131,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     write_drawings(folder)
     (folder / "small.json").write_text(json.dumps(small()))
-    command(folder, "out", "--processes", "2")
+    with patch("silc.data.vectors.SCENES", 60), patch("silc.data.vectors.SEGMENT_SCENES", 20):
+        command(folder, "out", "--processes", "2")
     return folder
 
 
@@ -178,6 +181,28 @@ def test_what_is_done_is_not_done_again_and_raw_files_make_the_same_page(
 
 
 @pytest.mark.slow
+def test_a_set_that_is_new_is_scored_without_training_or_scoring_the_rest_again(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ran / "out" / "runs" / "clip-128-s0" / "record.json"
+    before = file.read_text()
+    whole = json.loads(before)
+    study, cell = declared.get(str(ran / "small.json")), Cell("clip", 128, 0)
+    job = Job(study, cell, config_of(study, cell, Corpus(ran, "", {}, {}, {}, False), file.parent), {}, "")
+    scores = {name: found for name, found in whole["scores"].items() if name != "fewshot/style"}
+    scores["retrieval/scenes"] = {"text_to_image_r1": {"value": 0.123}}
+    file.write_text(json.dumps(whole | {"scores": scores, "asked": job.asked(scores)}))
+    weights = (file.parent / "export" / "model.safetensors").stat().st_mtime_ns
+    command(ran, "out")
+    assert "6 runs, 1 to do" in capsys.readouterr().out
+    again = json.loads(file.read_text())
+    assert again["scores"]["fewshot/style"] == whole["scores"]["fewshot/style"] and again["asked"] == whole["asked"]
+    assert again["scores"]["retrieval/scenes"] == scores["retrieval/scenes"], "kept as it was"
+    assert (file.parent / "export" / "model.safetensors").stat().st_mtime_ns == weights
+    file.write_text(before)
+
+
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(ran: Path, tmp_path: Path) -> None:
     given = small(arms={"silc": small()["arms"]["silc"]}, baseline="silc", samples=[256], seeds=[[1]], parts={})
     file = tmp_path / "small.json"
@@ -185,6 +210,7 @@ def test_a_study_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(ran:
     words = [sys.executable, "-m", "silc", "study", str(file), "--drawings", str(ran / "drawings.jsonl"), "--out",
              str(tmp_path / "out")]  # fmt: skip
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    shutil.copytree(ran / "out" / "corpus", tmp_path / "out" / "corpus")
     saved = tmp_path / "out" / "runs" / "silc-256-s1" / "checkpoints"
     deadline = time.monotonic() + 120
     while not (saved.exists() and any(saved.iterdir())):
@@ -204,8 +230,6 @@ def test_a_head_is_trained_where_asked_and_a_failing_run_costs_only_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("resvg_py", reason="resvg is not installed: pip install 'silc[quickstart]'")
-    from unittest.mock import patch
-
     write_drawings(tmp_path)
     good = {"recipe": "clip"}
     bad = {"recipe": "clip", "change": {"objective": {"kind": "sigmoid"}}}

@@ -4,7 +4,7 @@ Gives: run_from, mix, run, read_records, RECORD.
 Used by: the command line; study/page reads what is left here.
 
 A cell's folder is OUT/runs/KEY: the run, log.txt, and when all is scored record.json. A cell is done when its record
-was made with the very settings that the study asks for now.
+was made with the very settings that the study asks for now; where only a set is new, that alone is scored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -51,6 +51,8 @@ from silc.train.prepare import by_name, check_folder
 RECORD = "record.json"
 OPEN_VOCABULARY = "catseg/scenes"
 """The set called `segment/scenes`, scored by the trained head."""
+KNOWN = "segment/known"
+"""New scenes of drawings that training knows; on these, a head is trained where a study has one, after the scoring."""
 WHEREABOUTS = ("recipe", "out", "init.model", "data.sources", "data.workers", "train.device", "train.threads",
                "train.save_every", "train.keep", "train.log_every")  # fmt: skip
 """Settings that do not decide what a run finds."""
@@ -80,18 +82,26 @@ class Job:
         """Beside the run's folder, into which it moves once all is well."""
         return self.folder.with_name(f"{self.cell.key}.txt")
 
-    @property
-    def asked(self) -> str:
-        """Digest of the settings that decide the result: those that are not the defaults, so that a setting which is
-        new in silc changes nothing; and not names, folders, devices."""
+    def asked(self, sets: Iterable[str]) -> str:
+        """Digest of the settings that decide the scores of these sets: those that are not the defaults, so that a
+        setting which is new in silc changes nothing; and not names, folders, devices."""
         mine, usual = by_name(to_dict(self.config)), by_name(to_dict(Config()))
         told = {key: value for key, value in mine.items() if key not in WHEREABOUTS and usual.get(key) != value}
         head = self.study.head_of(self.cell)
-        return hashlib.sha256(json.dumps([told, head, sorted(self.evals)], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([told, head, sorted(sets)], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def done(self) -> bool:
-        return (self.folder / RECORD).exists() and read_json(self.folder / RECORD).get("asked") == self.asked
+        return self.evals.keys() <= self.kept.keys()
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Scores of its record, where that was made with the settings that are asked for now."""
+        if not (self.folder / RECORD).exists():
+            return {}
+        record = read_json(self.folder / RECORD)
+        scores: dict[str, Any] = record["scores"]
+        return scores if record["asked"] == self.asked(scores.keys() - {OPEN_VOCABULARY}) else {}
 
 
 @dataclass(frozen=True)
@@ -195,8 +205,10 @@ def _jobs(
         raise ValueError(f"study {study.name} has no arm {unknown[0]!r}; it has {', '.join(study.arms)}.")
     other = "segment/scenes" if study.tuning else "segment/tuning"
     evals = {n: str(folder) for n, folder in corpus.evals.items() if n != other and not n.startswith("masks")}
-    evals |= mixed.evals if mixed else {}
     masks = str(corpus.evals["masks/train"]) if "masks/train" in corpus.evals else ""
+    if masks and not study.tuning:
+        evals[KNOWN] = masks
+    evals |= mixed.evals if mixed else {}
     jobs = []
     for cell in study.cells():
         if only and cell.arm not in only:
@@ -268,17 +280,21 @@ def _one(job: Job) -> dict[str, Any]:
     check_folder(job.folder, job.config)
     if not (job.folder / "export").exists():  # a run that ended needs only what was not asked for then
         train(job.config)
-    device = pick_device(job.config.train.device)
-    scores = evaluate(load(str(job.folder)).to(device), job.evals, configs=job.configs)
-    if job.study.head_of(job.cell):
-        scores[OPEN_VOCABULARY] = _with_head(job)
+    device, scores = pick_device(job.config.train.device), job.kept
+    missing = {name: folder for name, folder in job.evals.items() if name not in scores}
+    configs = {name: config for name, config in job.configs.items() if name in missing}
+    found = evaluate(load(str(job.folder)).to(device), missing, configs=configs)
+    if job.study.head_of(job.cell) and OPEN_VOCABULARY not in scores:
+        found[OPEN_VOCABULARY] = _with_head(job)
+    scores |= {name: _plain(result) for name, result in found.items()}
     config = from_dict(Config, read_json(job.folder / "config.json"))
     cost = flops_per_sample(config)
     return {
         "study": job.study.name, "arm": job.cell.arm, "samples": job.cell.samples, "seed": job.cell.seed,
-        "asked": job.asked, "flops_per_pair": cost.total, "flops": cost.total * config.steps * config.train.batch,
-        "ema_momentum": config.ema_momentum, **_watched(job.folder, config),
-        "scores": {name: _plain(result) for name, result in scores.items()},
+        "asked": job.asked(job.evals), "flops_per_pair": cost.total,
+        "flops": cost.total * config.steps * config.train.batch, "ema_momentum": config.ema_momentum,
+        **_watched(job.folder, config),
+        "scores": {name: scores[name] for name in (*job.evals, OPEN_VOCABULARY) if name in scores},
         "machine": {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
                     "threads": torch.get_num_threads(), "torch": str(torch.__version__)},
     }  # fmt: skip
