@@ -6,8 +6,8 @@ NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`
 baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is
 ahead, `score` the arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM
 SET METRIC` its rise for each doubling, `steeper` how much more that is than the baseline's, `corpus KEY` a fact of
-NAME/corpus.json, `readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were,
-how long they trained, and on what.
+NAME/corpus.json, `photographs KEY` one of NAME/photographs.json, `readouts` the table of NAME/readouts.jsonl;
+`runs`, `hours` and `machine` tell how many there were, how long they trained, and on what.
 NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
@@ -52,8 +52,8 @@ def fill(part: str) -> str:
 
 def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[str]) -> str:
     what, *rest = words
-    if what == "corpus":
-        value: Any = read_json(HERE / study.name / "corpus.json")
+    if what in ("corpus", "photographs"):
+        value: Any = read_json(HERE / study.name / f"{what}.json")
         for key in rest:
             value = value[key]
         return f"{value:,}" if isinstance(value, int) else str(value)
