@@ -33,6 +33,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "heatmap": using.heatmap,
     "segment": using.segment,
     "search": using.search,
+    "demo": using.demo,
     "interpolate": measuring.interpolate,
     "export": models.export,
     "inspect": models.inspect,

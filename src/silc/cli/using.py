@@ -1,6 +1,6 @@
 """Verbs for pictures and words: what a model is for.
 
-Gives: heatmap, segment, search.
+Gives: heatmap, segment, search, demo.
 Used by: the command line's table of verbs.
 """
 
@@ -115,3 +115,34 @@ def search(args: list[str]) -> None:
             print(f"wrote {out / 'search.html'} and {out / 'results.json'}")
 
     tyro.cli(run, args=args, prog="silc search")
+
+
+def demo(args: list[str]) -> None:
+    """Show in the browser what a model sees: maps of texts, patches that look alike, classes of pixels, labels."""
+
+    def run(
+        model: tyro.conf.Positional[str] = "small",
+        pictures: Path | None = None,
+        host: str = "127.0.0.1",
+        port: int = 7860,
+        open: bool = False,
+        device: str = "auto",
+    ) -> None:
+        """Serve a page to this machine alone, until Ctrl-C: bring a picture, or take one of the page's own, and ask.
+
+        It needs no network, and nothing leaves the machine. On another machine than the one before you, forward its
+        port: `ssh -L 7860:localhost:7860 MACHINE`, then open http://localhost:7860 here.
+
+        Args:
+            model: Anything that silc.load opens; without one, small, the model that comes with silc.
+            pictures: A folder that the page searches by words too; it is embedded first, and kept for the next time.
+            host: The address to listen at. Any other than this machine's own lets others in, without a password.
+            port: The port; 0 takes any that is free.
+            open: Open the page in the browser.
+            device: auto, cpu, cuda or cuda:1.
+        """
+        from silc.app.demo import serve
+
+        serve(model, host, port, pictures, open, device)
+
+    tyro.cli(run, args=args, prog="silc demo")
