@@ -133,15 +133,15 @@ def gain_at_equal_flops(arm: Series, base: Series, samples: int) -> Interval | N
     """arm - base were the base trained longer, at the arm's cost; linear in log FLOPs between the base's durations.
     None where the base never cost as much.
 
-    Seed by seed, so that the scatter of both counts, where two seeds or more have both of these durations of the base;
-    else against the base's means, and the interval tells how the arm's seeds scatter alone."""
+    Seed by seed, so that the scatter of both counts, where three seeds or more have both of these durations of the
+    base; else against the base's means, and the interval tells how the arm's seeds scatter alone."""
     found = _around(base, arm.flops[samples])
     if found is None:
         return None
     n0, n1, share = found
     ours, (low, high) = arm.values[samples], (base.values[n0], base.values[n1])
     shared = sorted(ours.keys() & low.keys() & high.keys())
-    if len(shared) > 1:
+    if len(shared) > 2:
         return student_t([ours[s] - (low[s] + share * (high[s] - low[s])) for s in shared])
     level = base.mean(n0) + share * (base.mean(n1) - base.mean(n0))
     return student_t([value - level for value in ours.values()])

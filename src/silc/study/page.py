@@ -152,7 +152,7 @@ def _gains(study: Study, score: str, known: Mapping[str, Series]) -> Table:
     names = [short_count(n) for n in study.samples]
     note = (f"Points of {_named(score)} above {study.baseline}: seed by seed at equal samples; and against "
             f"{study.baseline} trained as long as the arm's FLOPs would pay for (linear in log FLOPs; "
-            "– where it was never trained so long; seed by seed too, where it has two seeds at both of the durations "
+            "– where it was never trained so long; seed by seed too, where it has three seeds at both of the durations "
             "between which that lies, else above its means). ± is a 95% interval (Student's t over seeds), absent for "
             "one seed; bold where it leaves out zero. Slope: points for each doubling of the samples, of the arm and "
             f"of what it is above {study.baseline}.")  # fmt: skip
