@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -289,16 +290,17 @@ def packed(array: np.ndarray) -> dict[str, Any]:
 def main_directions(features: Tensor) -> tuple[Tensor, list[float]]:
     """Features [N, D] -> their place along the three directions in which they differ most, as colours uint8 [N, 3], and
     the share of the variance of each. A colour spans all but the outermost percent of the patches."""
-    centred = features.double() - features.double().mean(0)
-    variance, directions = torch.linalg.eigh(centred.T @ centred)
-    along = centred @ directions[:, -3:].flip(1)
+    with torch.random.fork_rng(devices=[]):  # the search begins at random directions: the same each time
+        torch.manual_seed(0)
+        _, lengths, directions = torch.pca_lowrank(features, min(8, *features.shape), niter=10)
+    centred = features - features.mean(0)
+    along = F.pad(centred @ directions[:, :3], (0, max(0, 3 - len(lengths))))
     # a direction may point either way: the patch that is farthest out is bright
     farthest = along.gather(0, along.abs().argmax(0, keepdim=True))
     along = along * torch.where(farthest < 0, -1.0, 1.0)
     low, high = along.quantile(0.01, 0), along.quantile(0.99, 0)
     colours = (255 * (along - low) / (high - low).clamp_min(1e-12)).clamp(0, 255).round().to(torch.uint8)
-    shares = variance[-3:].flip(0).clamp_min(0) / variance.sum().clamp_min(1e-12)
-    return colours, shares.tolist()
+    return colours, (along.square().sum(0) / centred.square().sum().clamp_min(1e-12)).tolist()
 
 
 @cache
