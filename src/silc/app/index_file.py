@@ -1,7 +1,7 @@
 """What outlives a search: which pictures a folder held, and how a model saw them, in one file of the user's cache.
 
 Gives: scan (the pictures of a folder), File, Known, Kept (reads and writes the file), fingerprint, shown.
-Used by: app/searching, app/search_page.
+Used by: app/searching, app/search_command.
 """
 
 from __future__ import annotations
