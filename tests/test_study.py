@@ -36,9 +36,11 @@ from silc.plain import from_dict, to_dict
 from silc.plan import flops_per_sample
 from silc.study import declared
 from silc.study.analysis import apart, gain, gain_at_equal_flops, rows, series, slope, student_t
+from silc.study.cells import Job
 from silc.study.declared import Arm, Cell, Study, config_of, merged
-from silc.study.page import markdown, tables, write
-from silc.study.running import Job, read_records
+from silc.study.page import write
+from silc.study.running import read_records
+from silc.study.tables import markdown, tables
 from silc.train.loop import build
 
 MODEL = {

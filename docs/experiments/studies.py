@@ -26,8 +26,9 @@ from silc.plain import read_json
 from silc.study import declared
 from silc.study.analysis import Interval, apart, gain, gain_at_equal_flops, rows, series, slope
 from silc.study.declared import Study
-from silc.study.page import markdown, tables, write
+from silc.study.page import write
 from silc.study.running import read_records
+from silc.study.tables import markdown, tables
 
 HERE = Path(__file__).parent
 FIGURE = re.compile(r"\{\{(.*?)\}\}")
