@@ -459,9 +459,15 @@ def test_a_failure_is_told_and_the_server_goes_on(
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_ends_by_ctrl_c_with_one_line() -> None:
+def heard() -> None:
+    """A job that a shell put into the background ignores SIGINT, and what it starts does too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "a service manager"])
+def test_the_command_ends_with_one_line(ending: signal.Signals) -> None:
     command = [sys.executable, "-m", "silc", "demo", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout
     line = process.stdout.readline()
     found = re.match(r"http://127\.0\.0\.1:(\d+)   shows what small sees", line)
@@ -470,7 +476,7 @@ def test_the_command_ends_by_ctrl_c_with_one_line() -> None:
     connection.request("GET", "/about")
     about = json.loads(connection.getresponse().read())
     assert about["model"] == "small" and "toy" in about["limits"] and about["detail"] == 2 and not about["pictures"]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ending)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip(), err) == (0, "The demo has ended.", "")
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import re
+import signal
 import sys
 import threading
 import time
@@ -339,7 +340,7 @@ def serve(
     target: str, host: str = "127.0.0.1", port: int = 7860, pictures: Path | None = None, show: bool = False,
     device: str = "auto",
 ) -> None:  # fmt: skip
-    """Answer in the browser until interrupted. ValueError for a model, folder, address or device that cannot be had."""
+    """Answer in the browser until SIGINT or SIGTERM. ValueError for a model, folder, address or device that is none."""
     with Server(host, port) as server:
         model = load(target).to(pick_device(device))
         demo = Demo(model, target, Index.of(model, pictures) if pictures else None)
@@ -347,6 +348,7 @@ def serve(
         if host.lower() not in LOCAL:
             may = "use the demo and see the pictures of the folder" if pictures else "use the demo"
             print(f"Warning: whoever reaches {host} can {may}; there is no password.", file=sys.stderr)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # how containers and service managers end it
         print(f"{server.url}   shows what {target} sees; Ctrl-C ends it", flush=True)
         try:
             if show:
@@ -354,5 +356,7 @@ def serve(
             server.serve_forever()
         except KeyboardInterrupt:
             print("\nThe demo has ended.")
+        finally:
+            signal.signal(signal.SIGTERM, before)
     # a thread in the middle of an answer would be cut off by the end of the interpreter, which PyTorch takes badly
     demo.lock.acquire(timeout=10)
