@@ -3,11 +3,12 @@
     python docs/experiments/studies.py [NAME ...]      all those whose records.jsonl is here
 
 NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
-baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is
-ahead, `score` the arm's own score. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM
-SET METRIC` its rise for each doubling, `steeper` how much more that is than the baseline's, `corpus KEY` a fact of
-NAME/corpus.json, `photographs KEY` one of NAME/photographs.json, `readouts` the table of NAME/readouts.jsonl;
-`runs`, `hours` and `machine` tell how many there were, how long they trained, and on what.
+baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is ahead,
+`score` the arm's own score, `over ARM OTHER SAMPLES SET METRIC` the gain over another arm. `cost ARM SAMPLES` is its
+FLOPs as a multiple of the baseline's, `slope ARM SET METRIC` its rise for each doubling, `steeper` how much more that
+is than the baseline's, `corpus KEY` a fact of NAME/corpus.json, `photographs KEY` one of NAME/photographs.json,
+`readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were, how long they
+trained, and on what.
 NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
@@ -72,21 +73,24 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
     if what == "cost":
         costs = {r["arm"]: r["flops"] for r in records if r["samples"] == int(rest[0])}
         return f"{costs[arm] / costs[study.baseline]:.2f}"
+    other = rest.pop(0) if what == "over" else study.baseline
     samples, score = rest[0], " ".join(rest[1:])
     if what in ("slope", "steeper"):
         samples, score = "0", " ".join(rest)
     known = series(rows(records), score)
-    one, base, n = known[arm], known[study.baseline], int(samples)
+    one, base, n = known[arm], known[other], int(samples)
     if what == "score":
         return f"{100 * one.mean(n):.1f}"
     if what == "wins":
         ours, theirs = one.values[n], base.values[n]
         shared = ours.keys() & theirs.keys()
         return f"{sum(ours[seed] > theirs[seed] for seed in shared)} of {len(shared)}"
-    found = {"gain": lambda: gain(one, base, n), "flops": lambda: gain_at_equal_flops(one, base, n),
-             "slope": lambda: slope(one, study.samples),
-             "steeper": lambda: slope(apart(one, base), study.samples)}[what]()  # fmt: skip
-    return told(found)
+    if what in ("gain", "over"):
+        return told(gain(one, base, n))
+    if what == "flops":
+        return told(gain_at_equal_flops(one, base, n))
+    rise = one if what == "slope" else apart(one, base)
+    return told(slope(rise, study.samples))
 
 
 def readouts(raw: Path, study: Study) -> str:

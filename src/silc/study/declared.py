@@ -250,11 +250,17 @@ def search() -> Study:
         "shallow": silc("a head of two layers instead of three", prototypes=SHALLOW),
         "large-locals": silc("local views of 10 to 60% of the picture", {"local_scale": [0.1, 0.6]}),
     }  # fmt: skip
-    left_open = ("original", "both", "global", "colour", "slow", "fast", "shallow")  # by the sources
+    left_open = {  # by the sources
+        "the whole picture for the text loss": "original", "picture and crop for the text loss": "both",
+        "global views into each other": "global", "DINO's colours": "colour", "momentum 0.998, not 0.99": "slow",
+        "momentum 0.966, not 0.99": "fast", "a head of two layers, not three": "shallow",
+    }  # fmt: skip
     return Study(
         "search", "Which open settings matter, and what is the cheapest SILC that keeps its dense gain?", arms,
         samples=(49_152,), seeds=((0,),), common=TINY, tuning=True,
-        further=tuple((arm, 49_152, (1, 2)) for arm in ("clip", "silc-1g", *left_open)),
+        further=tuple((arm, 49_152, (1, 2)) for arm in ("clip", "silc-1g", *left_open.values())),
+        parts={"SILC with one global view": ("silc-1g", "clip"),
+               **{what: (arm, "silc-1g") for what, arm in left_open.items()}},
         scores=("segment/tuning miou", "segment/tuning pixel_accuracy", "zeroshot/style top1", "fewshot/style shot5",
                 "retrieval/scenes text_to_image_r5"),
     )  # fmt: skip
