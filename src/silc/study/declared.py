@@ -214,8 +214,8 @@ def main() -> Study:
         head=HEAD, head_samples=(49_152,), further=(
             *((arm, samples, seeds) for samples, seeds in ((24_576, (3, 4, 5)), (49_152, (3, 4, 5)),
                                                            (98_304, (1, 2, 3, 4))) for arm in ("clip", "silc")),
-            ("silc-lean", 98_304, (1, 2)), ("silc-1g", 98_304, (1, 2)), ("clip", 196_608, (0, 1, 2)), ("clip", 262_144, (0, 1)),
-            ("clip", 307_200, (0,)),
+            ("silc-lean", 98_304, (1, 2)), ("silc-1g", 98_304, (1, 2)),
+            ("clip", 196_608, (0, 1, 2)), ("clip", 262_144, (0, 1)), ("clip", 307_200, (0,)),
         ),
     )  # fmt: skip
 
