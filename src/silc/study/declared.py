@@ -213,9 +213,10 @@ def main() -> Study:
         samples=(12_288, 24_576, 49_152, 98_304), seeds=((0,), (0, 1, 2), (0, 1, 2), (0,)), common=TINY, parts=parts,
         head=HEAD, head_samples=(49_152,), further=(
             *((arm, samples, seeds) for samples, seeds in ((24_576, (3, 4, 5)), (49_152, (3, 4, 5)),
-                                                           (98_304, (1, 2, 3, 4))) for arm in ("clip", "silc")),
-            ("silc-lean", 98_304, (1, 2)), ("silc-1g", 98_304, (1, 2)),
-            ("clip", 196_608, (0, 1, 2)), ("clip", 262_144, (0, 1)), ("clip", 307_200, (0,)),
+                                                           (98_304, (1, 2, 3, 4)))
+              for arm in ("clip", "silc", "silc-lean")),
+            ("silc-1g", 98_304, (1, 2)), ("clip", 196_608, (0, 1, 2)), ("clip", 262_144, (0, 1)),
+            ("clip", 307_200, (0,)),
         ),
     )  # fmt: skip
 
