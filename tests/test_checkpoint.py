@@ -125,7 +125,7 @@ def test_a_step_waits_for_the_copy_alone(tmp_path: Path, monkeypatch: pytest.Mon
         assert may_write.wait(60)
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
     task, optimizer = trained(ALONE)
     before = everything(task, optimizer, ALONE)
     saver = checkpoint.Saver(tmp_path, 2, ALONE)
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_the_run_and_takes_nothing_away(
             os.truncate(path, 1000)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     refused(capsys, command(pairs, tmp_path / "run"), "step 30", "No space left", "are whole", status=1)
     kept = checkpoint.steps(tmp_path / "run" / "checkpoints")
     assert [p.name for p in kept] == ["step-00000010", "step-00000020"]
@@ -224,11 +224,11 @@ SLOW_DISK = """
 import sys, time
 from silc.train import checkpoint
 from silc.cli import main
-real = checkpoint.save_file
+real = checkpoint.save_tensors
 def slow(tensors, path):
     real(tensors, path)
     time.sleep(0 if "00000010" in str(path) else 60)
-checkpoint.save_file = slow
+checkpoint.save_tensors = slow
 main(sys.argv[1:])
 """
 

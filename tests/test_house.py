@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "silc"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"config", "plain", "losses", "eval.metrics"},
+    {"config", "plain", "losses", "tensors", "eval.metrics"},
     {"model", "data", "parallel"},
     {"train.optim", "train.checkpoint", "train.guard", "train.log", "train.lora", "eval.embed", "eval.prompts"}
     | {"eval.protocols", "eval.linear", "eval.suites", "eval.trained"},

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from silc.data.tokenizer import Tokenizer
@@ -22,6 +21,7 @@ from silc.export.transformers import write_tokenizer
 from silc.model.layout import strip_prefixes
 from silc.model.open_clip import to_open_clip
 from silc.model.silc import Silc
+from silc.tensors import save_tensors
 
 
 def write(model: Silc, folder: Path) -> None:
@@ -34,8 +34,7 @@ def write(model: Silc, folder: Path) -> None:
         # without a name open_clip takes CLIP's own byte pairs; with any it looks beside the weights of a `local-dir:`
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "open_clip_model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_tensors(tensors, folder / "open_clip_model.safetensors", {"format": "pt"})
 
 
 def as_folder(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -43,8 +42,7 @@ def as_folder(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder
     whole = settings if "model_cfg" in settings else {"model_cfg": settings}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(whole) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in strip_prefixes(tensors).items()},
-              folder / "open_clip_model.safetensors", {"format": "pt"})  # fmt: skip
+    save_tensors(strip_prefixes(tensors), folder / "open_clip_model.safetensors", {"format": "pt"})
 
 
 def peer(folder: Path) -> Peer:

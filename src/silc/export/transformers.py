@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as Pieces
 from torch import Tensor
@@ -25,6 +24,7 @@ from silc.export.check import Peer, unusable
 from silc.model.families import ACTIVATIONS, RESIZE
 from silc.model.silc import Silc
 from silc.model.weights import to_transformers
+from silc.tensors import save_tensors
 
 NAMES = {"clip": "CLIP", "siglip": "Siglip"}
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -40,8 +40,7 @@ def write(model: Silc, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _json(folder / "config.json", _config(model, family))
     _json(folder / "preprocessor_config.json", _preprocessor(model.config.preprocess, family))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     if isinstance(model.tokenizer, Tokenizer):
         write_tokenizer(model.tokenizer, folder, f"{NAMES[family]}Processor")
 

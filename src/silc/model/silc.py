@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from silc.config import ModelConfig
 from silc.model.catseg import CatSeg
 from silc.model.towers import ImageTower, Readout, TextTower
 from silc.plain import from_dict, to_dict
+from silc.tensors import save_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
@@ -116,7 +117,7 @@ class Silc(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         described = {"library": "silc", "format": 1, "model": to_dict(self.config), **(extra or {})}
         (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n")
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS_NAME)
+        save_tensors(self.state_dict(), folder / WEIGHTS_NAME)
 
     @classmethod
     def open(cls, folder: Path) -> Silc:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from silc.parallel import World, all_agree, shared_number
+from silc.tensors import save_tensors
 from silc.train.guard import Halt
 
 FACTS, FORMAT = "state.json", 2
@@ -157,7 +157,7 @@ class Saver:
             part.mkdir(parents=True, exist_ok=True)
             target = part / file_name(self.world.rank, self.world.size)
             unfinished = target.with_suffix(".part")
-            save_file(tensors, unfinished)
+            save_tensors(tensors, unfinished)
             flush(unfinished)
             os.replace(unfinished, target)
             if self.world.leads:

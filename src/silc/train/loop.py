@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from silc import parallel
@@ -30,6 +29,7 @@ from silc.data.tokenizer import Tokenizer
 from silc.eval.run import evaluate
 from silc.model.silc import Silc
 from silc.parallel import Anyone, World
+from silc.tensors import save_tensors
 from silc.train import checkpoint, lora
 from silc.train.guard import Guard, Halt, Retention, Stopped
 from silc.train.log import Log, forget
@@ -244,7 +244,7 @@ class Run:
             _model(self.config, own).save(part, {"recipe": self.config.recipe, "steps": steps})
             self.tokenizer.save(part)
             others = {f"task.{k}": v for k, v in tensors.items() if not k.startswith((mine, "anchor."))}
-            save_file(others, part / "training.safetensors")
+            save_tensors(others, part / "training.safetensors")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)
         parallel.barrier(self.world)
