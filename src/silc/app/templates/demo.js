@@ -12,7 +12,8 @@ let answers = {}; // by tab, of this picture
 let chosen = 0; // the text whose map is shown
 let lit = null; // the class that is pointed at in the legend
 let patch = null, held = false; // of "What looks like this?"
-let turn = 0; // of pictures and questions: an answer to an earlier one is not shown
+const turns = { picture: 0, question: 0 }; // what an earlier one brings is not shown
+const busy = { picture: 0, question: 0 }; // how many are under way; questions about a picture wait for it
 const folds = new Map(); // values at pixels, by what they were made of
 
 // ---------------------------------------------------------------- asking
@@ -51,23 +52,25 @@ async function ask(path, question, again = true) {
   }
 }
 
-// Run a job that answers for the page: one at a time counts, and its failure is told.
-async function work(job) {
-  const mine = ++turn;
+// Run a job that brings a picture or the answer to a question: the last of its kind counts, and its failure is told.
+async function work(kind, job) {
+  const mine = ++turns[kind], current = () => mine === turns[kind];
+  busy[kind] += 1;
   document.body.classList.add("busy");
   $("status").textContent = "Looking …";
   try {
-    await job(() => mine === turn);
-    if (mine === turn) $("error").hidden = true;
+    await job(current);
+    if (current()) $("error").hidden = true;
   } catch (error) {
     if (!(error instanceof Told)) throw error;
-    if (mine === turn) {
+    if (current()) {
       $("error").textContent = error.message;
       $("error").hidden = false;
       $("status").textContent = "";
     }
   } finally {
-    if (mine === turn) document.body.classList.remove("busy");
+    busy[kind] -= 1;
+    if (!busy.picture && !busy.question) document.body.classList.remove("busy");
   }
 }
 
@@ -107,12 +110,12 @@ const ready = {
 
 // Ask what the open tab asks, unless it was answered.
 function look(anew = false) {
-  const of = tab, question = QUESTIONS[of]();
+  const of = tab, question = QUESTIONS[of](), on = of === "search" ? null : picture;
   if (anew) delete answers[of];
-  if ((of !== "search" && !picture) || !question || answers[of]) return show();
-  return work(async (current) => {
+  if ((of !== "search" && (!picture || busy.picture)) || !question || answers[of]) return show();
+  return work("question", async (current) => {
     const began = performance.now(), found = await ask(...question);
-    if (!current()) return;
+    if (!current() || (on && on !== picture)) return;
     answers[of] = { ...ready[of](found), waited: (performance.now() - began) / 1000 };
     show();
   });
@@ -120,9 +123,10 @@ function look(anew = false) {
 
 // ---------------------------------------------------------------- pictures
 
-function load(name, blob, example = null) {
-  return work(async (current) => {
-    const id = await send(blob);
+// Take a picture from what promises its file.
+function load(name, file, example = null) {
+  return work("picture", async (current) => {
+    const blob = await file, id = await send(blob);
     let image;
     try {
       image = await createImageBitmap(blob);
@@ -156,21 +160,18 @@ function suggest(example) {
   }
 }
 
-async function pick(example) {
-  const reply = await fetch(example.url).catch(() => null);
-  if (reply && reply.ok) return load(example.name, await reply.blob(), example);
-  const said = reply ? sentence((await reply.json()).error) : "The demo does not answer. Is it still running?";
-  return work(async () => {
-    throw new Told(said);
-  });
+const pick = (example) => load(example.name, fetched(example.url), example);
+
+async function fetched(url) {
+  const reply = await fetch(url).catch(() => null);
+  if (!reply) throw new Told("The demo does not answer. Is it still running?");
+  if (!reply.ok) throw new Told(sentence((await reply.json()).error));
+  return reply.blob();
 }
 
 function given(files) {
   const file = [...files].find((one) => one.type.startsWith("image/")) || files[0];
-  if (file) return load(file.name, file);
-  return work(async () => {
-    throw new Told("Give a picture as a file: the demo opens no addresses.");
-  });
+  return load(file ? file.name : "", file || Promise.reject(new Told("Give a picture as a file: the demo opens no addresses.")));
 }
 
 function thumbnail(example, caption = []) {
