@@ -80,6 +80,10 @@ def test_recipes_are_what_they_are_called() -> None:
     assert (silc.views.globals, silc.views.locals, silc.views.local_size) == (2, 8, 96)
     assert silc.views.global_scale == (0.4, 1.0) and silc.views.local_scale == (0.05, 0.4)
     assert silc.objective.distill == Term(1.0) and silc.objective.prototypes.count == 65536
+    lean = get("silc-lean")
+    assert (lean.views.globals, lean.views.locals, lean.objective.prototypes.layers) == (1, 1, 2)
+    cost = plan.flops_per_sample(get("clip")).total
+    assert plan.flops_per_sample(lean).total < 1.5 * cost and plan.flops_per_sample(silc).total > 3 * cost
     assert get("views-only").objective.distill.weight == 0 and get("views-only").views.globals == 2
     late = get("siglip2_style").objective
     assert (late.distill.start, late.masked.start, late.contrast_views) == (0.8, 0.8, "original")
@@ -111,7 +115,7 @@ def test_every_parameter_is_in_one_group_of_its_part_and_decay() -> None:
     assert {part for part, _ in found.values()} == {"image", "text", "heads"}
 
 
-@pytest.mark.parametrize("name", ["clip", "silc", "silc-s", "views-only", "siglip2-style", "tips-style", "continued"])
+@pytest.mark.parametrize("name", ["clip", "silc", "silc-lean", "silc-s", "views-only", "siglip2-style", "tips-style", "continued"])
 def test_counted_flops_agree_with_the_profiler(name: str) -> None:
     """Shapes against torch's own counter, one whole step; attention runs as plain products so that it is counted."""
     c = at_mu_size("silc" if name == "continued" else name, 64, 32)
