@@ -115,7 +115,9 @@ def test_every_parameter_is_in_one_group_of_its_part_and_decay() -> None:
     assert {part for part, _ in found.values()} == {"image", "text", "heads"}
 
 
-@pytest.mark.parametrize("name", ["clip", "silc", "silc-lean", "silc-s", "views-only", "siglip2-style", "tips-style", "continued"])
+@pytest.mark.parametrize(
+    "name", ["clip", "silc", "silc-lean", "silc-s", "views-only", "siglip2-style", "tips-style", "continued"]
+)
 def test_counted_flops_agree_with_the_profiler(name: str) -> None:
     """Shapes against torch's own counter, one whole step; attention runs as plain products so that it is counted."""
     c = at_mu_size("silc" if name == "continued" else name, 64, 32)
