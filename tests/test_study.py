@@ -35,7 +35,7 @@ from silc.parallel import World
 from silc.plain import from_dict, to_dict
 from silc.plan import flops_per_sample
 from silc.study import declared
-from silc.study.analysis import apart, gain, gain_at_equal_flops, rows, series, slope, student_t
+from silc.study.analysis import apart, gain, gain_at_equal_flops, rows, series, slope, student_t, together
 from silc.study.cells import Job
 from silc.study.declared import Arm, Cell, Study, config_of, merged
 from silc.study.page import write
@@ -339,6 +339,19 @@ def test_equal_flops_between_durations_and_seed_by_seed_by_hand() -> None:
     assert gain_at_equal_flops(dear["silc"], dear["clip"], 400) is None, "clip was never trained so long"
 
 
+def test_durations_together_seed_by_seed_by_hand() -> None:
+    """Differences of 0.1 x seed, and 0.02 more at the longer duration; a fourth seed at one of them alone."""
+    clip = [record("clip", n, s, 0.1, 1.0) for n in (100, 200, 400) for s in range(4)]
+    silc = [record("silc", n, s, 0.1 + 0.1 * s + more, 2.0)
+            for n, seeds, more in ((100, 4, 0.0), (200, 3, 0.02), (400, 2, 5.0)) for s in range(seeds)]  # fmt: skip
+    found = series(rows(clip + silc), "segment/scenes miou")
+    over = together(found["silc"], found["clip"], (100, 200, 400, 800))
+    assert over is not None and over[0] == [100, 200], "at 400 there are two seeds"
+    assert over[1].mean == pytest.approx(statistics.mean([0.01, 0.11, 0.21]))
+    assert over[1].half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert together(found["silc"], found["clip"], (100, 400)) is None, "one duration is not several"
+
+
 def test_slopes_and_students_t_against_scipys_formula() -> None:
     found = series(rows(both()), "segment/scenes miou")
     exact = slope(found["clip"], (100, 200, 400))
@@ -374,7 +387,7 @@ def test_the_tables_say_it_and_the_page_escapes_what_it_is_given(tmp_path: Path)
     records = [r | ({"health": health} if r["arm"] == "silc" else {}) for r in both()]
     text = markdown(tables(study, records))
     assert "| silc | 200 | 2 | 15.5 (15.0 to 16.0) | 2.00 |" in text
-    assert "| silc | +3.00 | +3.00 | +3.00 | +1.50 ± 6.35 | +1.50 ± 6.35 | +1.50 ± 6.35 |" in text
+    assert "| silc | +3.00 | +3.00 | +3.00 | – | +1.50 ± 6.35 | +1.50 ± 6.35 | +1.50 ± 6.35 |" in text
     assert "| silc | 6 | 0.05 to 0.50 | no | 0.20 |" in text
     page = write(study, records, tmp_path).read_text()
     assert "<script>" not in page and "&lt;b&gt;it&lt;/b&gt;" in page and "http" not in page.replace("data:image", "")

@@ -4,11 +4,11 @@
 
 NAME/text.md is written by hand. Where it says `{{gain ARM SAMPLES SET METRIC}}`, there stands the gain over the
 baseline at equal samples; `flops` instead of `gain` is that at equal FLOPs, `wins` in how many seeds the arm is ahead,
-`score` the arm's own score, `over ARM OTHER SAMPLES SET METRIC` the gain over another arm. `cost ARM SAMPLES` is its
-FLOPs as a multiple of the baseline's, `slope ARM SET METRIC` its rise for each doubling, `steeper` how much more that
-is than the baseline's, `corpus KEY` a fact of NAME/corpus.json, `photographs KEY` one of NAME/photographs.json,
-`readouts` the table of NAME/readouts.jsonl; `runs`, `hours` and `machine` tell how many there were, how long they
-trained, and on what.
+`score` the arm's own score, `over ARM OTHER SAMPLES SET METRIC` the gain over another arm, `together ARM SET METRIC`
+the gain over all durations with seeds. `cost ARM SAMPLES` is its FLOPs as a multiple of the baseline's, `slope ARM SET
+METRIC` its rise for each doubling, `steeper` how much more that is than the baseline's, `corpus KEY` a fact of
+NAME/corpus.json, `photographs KEY` one of NAME/photographs.json, `readouts` the table of NAME/readouts.jsonl; `runs`,
+`hours` and `machine` tell how many there were, how long they trained, and on what.
 NAME/README.md is that text with the figures in it and the tables behind it.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from silc.plain import read_json
 from silc.study import declared
-from silc.study.analysis import Interval, apart, gain, gain_at_equal_flops, rows, series, slope
+from silc.study.analysis import Interval, apart, gain, gain_at_equal_flops, rows, series, slope, together
 from silc.study.declared import Study
 from silc.study.page import write
 from silc.study.running import read_records
@@ -75,7 +75,7 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         return f"{costs[arm] / costs[study.baseline]:.2f}"
     other = rest.pop(0) if what == "over" else study.baseline
     samples, score = rest[0], " ".join(rest[1:])
-    if what in ("slope", "steeper"):
+    if what in ("slope", "steeper", "together"):
         samples, score = "0", " ".join(rest)
     known = series(rows(records), score)
     one, base, n = known[arm], known[other], int(samples)
@@ -89,6 +89,9 @@ def figure(study: Study, records: Sequence[Mapping[str, Any]], words: Sequence[s
         return told(gain(one, base, n))
     if what == "flops":
         return told(gain_at_equal_flops(one, base, n))
+    if what == "together":
+        found = together(one, base, study.samples)
+        return told(found[1] if found else None)
     rise = one if what == "slope" else apart(one, base)
     return told(slope(rise, study.samples))
 

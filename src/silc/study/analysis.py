@@ -119,6 +119,17 @@ def gain(arm: Series, base: Series, samples: int) -> Interval | None:
     return student_t(list(found.values())) if found else None
 
 
+def together(arm: Series, base: Series, within: Collection[int]) -> tuple[list[int], Interval] | None:
+    """Gain over several durations at once: those of `within` at which three seeds or more have both, and for each seed
+    that has all of these the mean of `apart` over them. None where there are not two such durations and three seeds."""
+    found = apart(arm, base).values
+    durations = [n for n in sorted(found) if n in within and len(found[n]) > 2]
+    shared = sorted(set.intersection(*(set(found[n]) for n in durations))) if durations else []
+    if len(durations) < 2 or len(shared) < 3:
+        return None
+    return durations, student_t([mean(found[n][seed] for n in durations) for seed in shared])
+
+
 def _around(base: Series, flops: float) -> tuple[int, int, float] | None:
     """The base's durations that cost at most and at least as much, and how far to go from one to the other in log
     FLOPs; None outside."""

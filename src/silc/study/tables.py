@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from silc.app.runs import metric_name, short_count
-from silc.study.analysis import Interval, Row, Series, apart, gain, gain_at_equal_flops, rows, series, slope
+from silc.study.analysis import Interval, Row, Series, apart, gain, gain_at_equal_flops, rows, series, slope, together
 from silc.study.declared import Study
 
 Records = Sequence[Mapping[str, Any]]
@@ -84,20 +84,23 @@ def _gains(study: Study, score: str, known: Mapping[str, Series]) -> Table:
     for arm, one in known.items():
         rise = _interval(slope(one, study.samples))
         if arm == study.baseline:
-            body.append([arm, *["0"] * len(study.samples), *["–"] * len(study.samples), rise, "0"])
+            body.append([arm, *["0"] * len(study.samples), "0", *["–"] * len(study.samples), rise, "0"])
             continue
         equal = [_interval(gain(one, base, n)) for n in study.samples]
         cost = [_interval(gain_at_equal_flops(one, base, n)) if n in one.values else "–" for n in study.samples]
-        body.append([arm, *equal, *cost, rise, _interval(slope(apart(one, base), study.samples))])
+        over = together(one, base, study.samples)
+        several = f"{_interval(over[1])} over {' and '.join(map(short_count, over[0]))}" if over else "–"
+        body.append([arm, *equal, several, *cost, rise, _interval(slope(apart(one, base), study.samples))])
     names = [short_count(n) for n in study.samples]
     note = (f"Points of {score_name(score)} above {study.baseline}: seed by seed at equal samples; and against "
             f"{study.baseline} trained as long as the arm's FLOPs would pay for (linear in log FLOPs; "
             "– where it was never trained so long; seed by seed too, where it has three seeds at both of the durations "
             "between which that lies, else above its means). ± is a 95% interval (Student's t over seeds), absent for "
-            "one seed; bold where it leaves out zero. Slope: points for each doubling of the samples, of the arm and "
-            f"of what it is above {study.baseline}.")  # fmt: skip
-    head = ["arm", *(f"{n}, equal samples" for n in names), *(f"{n}, equal FLOPs" for n in names), "slope",
-            f"slope above {study.baseline}"]  # fmt: skip
+            "one seed; bold where it leaves out zero. Together: over the durations at which three or more seeds have both, "
+            "of the seeds that have all of these. Slope: points for each doubling of the samples, of the arm and of "
+            f"what it is above {study.baseline}.")  # fmt: skip
+    head = ["arm", *(f"{n}, equal samples" for n in names), "together, equal samples",
+            *(f"{n}, equal FLOPs" for n in names), "slope", f"slope above {study.baseline}"]  # fmt: skip
     return Table(f"Against {study.baseline}: {score_name(score)}", note, head, body)
 
 
