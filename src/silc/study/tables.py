@@ -96,9 +96,9 @@ def _gains(study: Study, score: str, known: Mapping[str, Series]) -> Table:
             f"{study.baseline} trained as long as the arm's FLOPs would pay for (linear in log FLOPs; "
             "– where it was never trained so long; seed by seed too, where it has three seeds at both of the durations "
             "between which that lies, else above its means). ± is a 95% interval (Student's t over seeds), absent for "
-            "one seed; bold where it leaves out zero. Together: over the durations at which three or more seeds have both, "
-            "of the seeds that have all of these. Slope: points for each doubling of the samples, of the arm and of "
-            f"what it is above {study.baseline}.")  # fmt: skip
+            "one seed; bold where it leaves out zero. Together: over the durations at which three or more seeds have "
+            "both, of the seeds that have all of these. Slope: points for each doubling of the samples, of the arm and "
+            f"of what it is above {study.baseline}.")  # fmt: skip
     head = ["arm", *(f"{n}, equal samples" for n in names), "together, equal samples",
             *(f"{n}, equal FLOPs" for n in names), "slope", f"slope above {study.baseline}"]  # fmt: skip
     return Table(f"Against {study.baseline}: {score_name(score)}", note, head, body)
