@@ -6,6 +6,7 @@ Used by: the `silc` script, `python -m silc`, `torchrun -m silc`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"no verb {args[0]!r}." + nearest(args[0], VERBS), 2)
     try:
         VERBS[args[0]](args[1:])
+        sys.stdout.flush()
     except ValueError as error:
         _fail(str(error), 2)
     except Halt as error:
@@ -67,7 +69,19 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted.", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _end_where_nobody_reads()
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+
+
+def _end_where_nobody_reads() -> None:
+    """As `silc ... | head`, which closes what it reads from once it has enough: end without a word. Return where it was
+    another pipe that broke."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor a word of the interpreter's as it ends
+        raise SystemExit(141) from None
 
 
 def _fail(message: str, status: int) -> Any:
