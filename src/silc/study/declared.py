@@ -293,7 +293,7 @@ def mixed() -> Study:
         "mixed", "Does what self-distillation does on drawings hold where photographs come in?", chosen,
         samples=(49_152,), seeds=((0, 1, 2),), common=TINY, photographs=0.25,
         corpus=Grid(scenes=12_000), parts={"the whole of SILC": ("silc", "clip")},
-        further=(("clip", 163_840, (0,)),),  # as many FLOPs as silc has, and a little more
+        further=(("clip", 163_840, (0, 1, 2)),),  # as many FLOPs as silc has, and a little more
         scores=("segment/scenes miou", "segment/known miou", "zeroshot/style top1", "zeroshot/caltech101 top1",
                 "fewshot/caltech101 shot10", "segment/camvid miou", "segment/coco128 pixel_accuracy",
                 "retrieval/coco128 text_to_image_r5"),
