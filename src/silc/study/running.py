@@ -81,7 +81,7 @@ def run(
     slots = _slots(processes)
     under_way: dict[SpawnProcess, tuple[Job, float]] = {}
     waiting, failed, began, finished = list(jobs), [], time.monotonic(), 0.0
-    costs = {job.cell: job.cost for job in jobs}
+    costs = {job.cell: job.cost for job in jobs}  # as of now: a run that has trained costs less
     whole = sum(costs.values())
     try:
         while waiting or under_way:
